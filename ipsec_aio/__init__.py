@@ -1,0 +1,4 @@
+"""asyncio that knows what IPsec did."""
+
+from .enums import Assurance as Assurance
+from .errors import *  # noqa: F403

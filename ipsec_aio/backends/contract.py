@@ -1,0 +1,117 @@
+"""What the asyncio surface knows of a backend, and all that it knows.
+
+Order of calls per endpoint: ``register`` before bind or listen where the port is known by then,
+else right after bind; per wake-up: receive, ``drain``, then ``resolve`` for each datagram whose
+evidence is new, then deliver; ``Registration.close`` when the socket is closed.
+
+An answer of ``resolve`` may be kept as long as ``epoch`` stays the same.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from ..evidence import Evidence
+    from ..tokens import PToken
+
+__all__ = ["Backend", "Registration"]
+
+
+class Registration(ABC):
+    """One served (protocol, local port), and what the stamp does for it at this moment."""
+
+    @property
+    @abstractmethod
+    def generation(self) -> int:
+        """The stamp's generation, or 0 while no verified stamp covers the port.
+
+        It goes into each datagram's evidence. It changes when the stamp was lost and restored, so
+        that evidence from before, or from the gap, proves nothing.
+        """
+
+    @property
+    @abstractmethod
+    def reads_marks(self) -> bool:
+        """Whether a mark can mean anything here; without it, SO_RCVMARK is not asked for."""
+
+    @property
+    @abstractmethod
+    def keeps_fragments(self) -> bool:
+        """Whether decrypted inner fragments reach reassembly, so that what was reassembled is in
+        doubt (IP_RECVFRAGSIZE tells) and no stream is EXACT.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the port back. Idempotent; never raises."""
+
+
+class Backend(ABC):
+    """A source of facts about protection.
+
+    A backend belongs to the event loop that opened it, unless it says otherwise (MemoryBackend).
+    """
+
+    name: str
+    trust_policy: bool = False
+
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """Changes whenever an earlier answer of :meth:`resolve` may no longer hold."""
+
+    @property
+    @abstractmethod
+    def netns_cookie(self) -> int | None:
+        """SO_NETNS_COOKIE of the namespace whose facts these are; None: of no namespace (memory).
+
+        Evidence of a socket from another namespace is in doubt.
+        """
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Take in the events that have arrived. Never blocks; lost events raise nothing."""
+
+    @abstractmethod
+    def resolve(self, evidence: Evidence) -> PToken:
+        """Return the token for this evidence. Synchronous; never waits on another process.
+
+        What cannot be told yet is UNKNOWN until :meth:`PToken.resolved`.
+        Raises BackendUnavailable when closed or called from another loop's thread.
+        """
+
+    @abstractmethod
+    async def register(self, protocol: int, port: int) -> Registration:
+        """Have the stamp cover a local port. ``protocol`` is IPPROTO_UDP or IPPROTO_TCP.
+
+        Raises BackendUnavailable when closed or not of the running loop, BackendDenied or
+        BackendError where the stamp was demanded and cannot cover the port.
+        """
+
+    @abstractmethod
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have ``callback()`` called on the loop soon after :attr:`epoch` changed.
+
+        Returns a function that ends it (idempotent). Connections use it to replace their token.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Release everything. Idempotent. Tokens stay readable; what was pending stays UNKNOWN."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()

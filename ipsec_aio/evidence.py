@@ -1,0 +1,55 @@
+"""What is kept of a packet when it arrives: cheap, immutable, resolved later.
+
+Rules:
+
+* ``mark`` is only what the kernel said of this datagram (SO_RCVMARK) or of this connection's
+  handshake (SO_MARK of a socket that our own accept returned). Where anything about it is in
+  doubt it is None and ``doubt`` says why: then the token is UNKNOWN.
+* ``generation`` is the stamp's at arrival. 0 means that no verified stamp covered the packet:
+  then the mark proves nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from .flow import Flow
+
+__all__ = ["IPPROTO_TCP", "IPPROTO_UDP", "Evidence"]
+
+IPPROTO_TCP = 6
+IPPROTO_UDP = 17
+_HOST = sys.byteorder
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Evidence of one datagram, or of one connection.
+
+    ``protocol`` is IPPROTO_UDP or IPPROTO_TCP; addresses are packed and unmapped. ``mark`` is the
+    packet's mark as the host's number. ``ifindex`` is 0 where it was not asked for.
+    ``doubt`` is empty, or the reason why nothing may be concluded from this evidence.
+    """
+
+    protocol: int
+    local: bytes
+    local_port: int
+    peer: bytes
+    peer_port: int
+    mark: int | None = None
+    generation: int = 0
+    ifindex: int = 0
+    doubt: str = ""
+
+    @property
+    def spi(self) -> int:
+        """The stamp read as an SPI: its bytes in memory are in network order."""
+        return int.from_bytes((self.mark or 0).to_bytes(4, _HOST), "big")
+
+    @property
+    def flow(self) -> Flow:
+        """The inbound flow: from the peer to the local end."""
+        return Flow(
+            self.peer, self.local, self.protocol, self.peer_port, self.local_port, self.ifindex
+        )
