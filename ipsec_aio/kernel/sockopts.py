@@ -1,0 +1,123 @@
+"""Linux socket options that the ``socket`` module does not name, and typed ways to read them.
+
+Numbers are asm-generic's (socket(7), ip(7), ipv6(7), include/uapi/asm-generic/socket.h).
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+__all__ = [
+    "IPPROTO_MPTCP",
+    "IPV6_RECVFRAGSIZE",
+    "IPV6_RECVPKTINFO",
+    "IP_PKTINFO",
+    "IP_RECVFRAGSIZE",
+    "SO_ACCEPTCONN",
+    "SO_COOKIE",
+    "SO_MARK",
+    "SO_NETNS_COOKIE",
+    "SO_PROTOCOL",
+    "SO_RCVBUFFORCE",
+    "SO_RCVMARK",
+    "is_listening",
+    "netns_cookie",
+    "protocol_of",
+    "read_mark",
+    "receive_fragment_sizes",
+    "receive_marks",
+    "receive_packet_info",
+    "socket_cookie",
+]
+
+SO_ACCEPTCONN = 30
+SO_RCVBUFFORCE = 33
+SO_MARK = 36
+SO_PROTOCOL = 38
+SO_COOKIE = 57
+SO_NETNS_COOKIE = 71
+SO_RCVMARK = 75
+IP_PKTINFO = 8
+IP_RECVFRAGSIZE = 25
+IPV6_RECVPKTINFO = 49
+IPV6_RECVFRAGSIZE = 77
+IPPROTO_MPTCP = 262
+
+_U64 = struct.Struct("=Q")
+
+
+def netns_cookie(sock: socket.socket) -> int | None:
+    """Return the cookie of the network namespace a socket lives in, None before Linux 5.14."""
+    return _read_u64(sock, SO_NETNS_COOKIE)
+
+
+def socket_cookie(sock: socket.socket) -> int | None:
+    """Return the kernel's number of a socket, never used twice; None where it has none."""
+    return _read_u64(sock, SO_COOKIE)
+
+
+def read_mark(sock: socket.socket) -> int | None:
+    """Return SO_MARK as the host's unsigned number; None where the socket has no such option."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
+    except OSError:
+        return None
+
+
+def protocol_of(sock: socket.socket) -> int:
+    """Return the IP protocol that the kernel runs on a socket, whatever Python was told.
+
+    Raises OSError for a closed socket.
+    """
+    return sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
+
+
+def is_listening(sock: socket.socket) -> bool:
+    """Say whether listen() was called on a socket. Raises OSError for a closed one."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN))
+
+
+def receive_marks(sock: socket.socket) -> bool:
+    """Ask for an SO_MARK control message with each datagram; False where the kernel will not.
+
+    Linux 5.19 and later have it; some kernels up to 6.3 want CAP_NET_ADMIN or CAP_NET_RAW.
+    """
+    return _enable(sock, socket.SOL_SOCKET, SO_RCVMARK)
+
+
+def receive_packet_info(sock: socket.socket) -> bool:
+    """Ask for the local address and interface of each datagram.
+
+    On an IPv6 socket, IPv4 traffic comes with a mapped address in IPV6_PKTINFO.
+    """
+    if sock.family == socket.AF_INET6:
+        return _enable(sock, socket.IPPROTO_IPV6, IPV6_RECVPKTINFO)
+    return _enable(sock, socket.IPPROTO_IP, IP_PKTINFO)
+
+
+def receive_fragment_sizes(sock: socket.socket) -> bool:
+    """Ask for the largest fragment's size with each datagram that was reassembled.
+
+    An IPv6 socket reports IPv4 traffic's as IP_RECVFRAGSIZE, so it is asked for both.
+    """
+    if sock.family == socket.AF_INET6:
+        v6 = _enable(sock, socket.IPPROTO_IPV6, IPV6_RECVFRAGSIZE)
+        return _enable(sock, socket.IPPROTO_IP, IP_RECVFRAGSIZE) and v6
+    return _enable(sock, socket.IPPROTO_IP, IP_RECVFRAGSIZE)
+
+
+def _enable(sock: socket.socket, level: int, option: int) -> bool:
+    try:
+        sock.setsockopt(level, option, 1)
+    except OSError:
+        return False
+    return True
+
+
+def _read_u64(sock: socket.socket, option: int) -> int | None:
+    try:
+        (value,) = _U64.unpack(sock.getsockopt(socket.SOL_SOCKET, option, _U64.size))
+    except (OSError, struct.error):
+        return None
+    return int(value)
