@@ -1,0 +1,130 @@
+"""Base classes for protocols whose callbacks get a token.
+
+Rules:
+
+* Exactly instances of these classes get the calls with a token; this is judged when a protocol is
+  installed, and again on ``transport.set_protocol()``. Everything else, whatever it derives from,
+  gets asyncio's plain calls.
+* At run time they are asyncio's own protocol classes, because loops choose how to read by
+  ``isinstance``. To type checkers they are not: another required parameter would make each
+  override, in every user's subclass too, an error.
+* When and in which order callbacks are called is asyncio's grammar, unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ipsec_aio.errors import ProtectionError
+    from ipsec_aio.tokens import PToken
+
+    from .datagram import DatagramTransport
+
+    class _Base: ...
+
+    class _Stream: ...
+
+    class _Buffered: ...
+
+    class _Datagram: ...
+
+else:
+    _Base = asyncio.BaseProtocol
+    _Stream = asyncio.Protocol
+    _Buffered = asyncio.BufferedProtocol
+    _Datagram = asyncio.DatagramProtocol
+
+__all__ = ["BufferedProtocol", "DatagramProtocol", "Protocol", "TokenProtocol", "takes_token"]
+
+
+class TokenProtocol(_Base):
+    """What the three have in common, and the mark by which they are known."""
+
+    __slots__ = ()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called once, last. ``exc`` is None after ``close()``, ``abort()`` or the peer's EOF."""
+
+    def pause_writing(self) -> None:
+        """Called when the write buffer has grown over the high-water mark."""
+
+    def resume_writing(self) -> None:
+        """Called when the write buffer has drained to the low-water mark. Pairs with the above."""
+
+
+class Protocol(TokenProtocol, _Stream):
+    """A stream protocol: ``connection_made data_received* eof_received? connection_lost``."""
+
+    __slots__ = ()
+
+    def connection_made(self, transport: asyncio.Transport, ptoken: PToken) -> None:
+        """Called once, before any data. ``ptoken`` says what protects the connection."""
+
+    def data_received(self, data: bytes) -> None:
+        """Called with each piece of the stream. The token is :func:`current_ptoken`'s."""
+
+    def eof_received(self) -> bool | None:
+        """Called when the peer writes no more. A true answer keeps our side open."""
+
+
+class BufferedProtocol(TokenProtocol, _Buffered):
+    """A stream protocol that brings its own buffers.
+
+    ``connection_made (get_buffer buffer_updated)* eof_received? connection_lost``
+    """
+
+    __slots__ = ()
+
+    def connection_made(self, transport: asyncio.Transport, ptoken: PToken) -> None:
+        """Called once, before any data. ``ptoken`` says what protects the connection."""
+
+    def get_buffer(self, sizehint: int) -> Buffer:
+        """Return the buffer to read into; it must not be empty. ``sizehint`` -1 is any size."""
+        raise NotImplementedError
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Called when the first ``nbytes`` bytes of the buffer hold new data."""
+
+    def eof_received(self) -> bool | None:
+        """Called when the peer writes no more. A true answer keeps our side open."""
+
+
+class DatagramProtocol(TokenProtocol, _Datagram):
+    """A datagram protocol.
+
+    ``connection_made (datagram_received | error_received | datagram_refused)* connection_lost``
+    """
+
+    __slots__ = ()
+
+    def connection_made(self, transport: DatagramTransport, ptoken: PToken | None) -> None:
+        """Called once, first. ``ptoken`` is None where the socket has no peer of its own.
+
+        On a connected socket it says what protects traffic from that peer at this moment; each
+        datagram still brings its own.
+        """
+
+    def datagram_received(self, data: bytes, addr: Any, ptoken: PToken) -> None:
+        """Called with each datagram. ``ptoken`` says what protected this one.
+
+        ``addr`` is the sender as the socket module writes it: ``(host, port)`` for IPv4,
+        ``(host, port, flowinfo, scope_id)`` for IPv6.
+        """
+
+    def error_received(self, exc: OSError) -> None:
+        """Called when a send or receive failed, as with ConnectionRefusedError; rarely fatal."""
+
+    def datagram_refused(self, addr: Any, error: ProtectionError) -> None:
+        """Called when a datagram did not meet the endpoint's ``require`` and was dropped.
+
+        Rate-limited: not one call per datagram; ``transport.ipsec_stats`` counts them all.
+        """
+
+
+def takes_token(protocol: object) -> bool:
+    """Whether this protocol's callbacks get a token."""
+    return isinstance(protocol, TokenProtocol)
