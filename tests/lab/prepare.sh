@@ -1,0 +1,122 @@
+#!/bin/sh
+# Bring what the project needs to this machine: prepare.sh python|lab
+#
+# Installed with apt, where missing and only when root: programs that start nothing by themselves.
+# Everything else (a kernel, strongSwan, nftables, CPython's own tests) is downloaded and unpacked
+# under .lab/root: no daemon starts on this machine, and nothing of its network changes.
+set -eu
+cd "$(dirname "$0")/../.."
+lab=$PWD/.lab
+python=${PYTHON:-python3}
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive
+mkdir -p "$lab/have" "$lab/root" "$lab/deb"
+
+say() { echo "prepare: $*" >&2; }
+die() { say "$*"; exit 1; }
+has() { command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ]; }
+
+updated=
+update() {
+    [ -z "$updated" ] || return 0
+    [ "$(id -u)" = 0 ] || die "the package lists are missing or old: run 'apt-get update' as root"
+    say "apt-get update"
+    apt-get update -qq || die "apt-get update failed: is there a network?"
+    updated=1
+}
+
+known() { [ -n "$(apt-cache policy "$1" 2>/dev/null | grep -v 'Candidate: (none)' | grep Candidate)" ]; }
+
+need_apt() { has apt-get || die "no apt here. $1"; }
+
+# install COMMAND PACKAGE …: what must be in place on the machine itself
+wanted=
+install_if_missing() { has "$1" || wanted="$wanted $2"; }
+install_wanted() {
+    [ -n "$wanted" ] || return 0
+    need_apt "Please install by hand:$wanted"
+    [ "$(id -u)" = 0 ] || die "missing:$wanted. As root: apt-get install --no-install-recommends$wanted"
+    for package in $wanted; do known "$package" || update; done
+    say "installing:$wanted"
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends $wanted >"$lab/apt.log" 2>&1 ||
+        { update; apt-get install -y -qq --no-install-recommends $wanted >"$lab/apt.log" 2>&1; } ||
+        { tail -5 "$lab/apt.log" >&2; die "apt-get could not install:$wanted"; }
+    wanted=
+}
+
+# unpack PACKAGE …: download and unpack under .lab/root, once
+unpack() {
+    count=$#
+    number=0
+    for package in "$@"; do
+        number=$((number + 1))
+        [ ! -e "$lab/have/$package" ] || continue
+        say "[$number/$count] fetching $package"
+        fetch "$package" || { update; fetch "$package"; } || die "could not download $package"
+        dpkg -x "$lab/deb/$package"_*.deb "$lab/root"
+        rm -f "$lab/deb/$package"_*.deb
+        touch "$lab/have/$package"
+    done
+}
+fetch() { (cd "$lab/deb" && rm -f "$1"_*.deb && apt-get -qq -o APT::Sandbox::User=root download "$1") >"$lab/apt.log" 2>&1; }
+
+# missing PACKAGE …: those that this machine lacks, with what they depend on
+missing() {
+    apt-get install -s --no-install-recommends "$@" 2>/dev/null |
+        sed -n 's/^Inst \([^ ]*\) (.*/\1/p' | grep -v -E '^(udev|tpm-udev|adduser)$' || true
+}
+
+prepare_python() {
+    # shellcheck disable=SC2016
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        die "Python 3.11 or newer is needed: on Debian 12 'apt-get install python3', or set PYTHON=…"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || wanted="$wanted python3-venv"
+    install_wanted
+    "$python" -c 'import test.test_asyncio' 2>/dev/null && return 0
+    has apt-get || { say "no apt here: CPython's own tests are not fetched and will be skipped"; return 0; }
+    suite=lib$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-testsuite
+    known "$suite" || update
+    unpack "$suite"
+}
+
+prepare_kernel() {
+    [ "$(uname -m)" = x86_64 ] || die "the lab's virtual machine is for x86-64 only"
+    install_if_missing qemu-system-x86_64 qemu-system-x86
+    install_if_missing busybox busybox-static
+    install_wanted
+    if ! ls "$lab"/root/boot/vmlinuz-* >/dev/null 2>&1; then
+        meta=linux-image-amd64
+        known $meta || { update; known $meta || meta=linux-image-generic; }
+        known $meta || die "apt knows no kernel package"
+        unpack $(apt-cache depends --no-recommends --no-suggests $meta |
+            sed -n 's/^ *Depends: \(linux-\(image\|modules\)-[0-9].*\)/\1/p')
+        version=$(basename "$lab"/root/boot/vmlinuz-* | sed s/vmlinuz-//)
+        [ -d "$lab/root/lib/modules/$version/kernel" ] || unpack "linux-modules-$version"
+        depmod -b "$lab/root" "$version"
+    fi
+}
+
+prepare_lab() {
+    need_apt "The lab needs apt to fetch a kernel and strongSwan."
+    install_if_missing ip iproute2
+    install_if_missing modprobe kmod
+    install_wanted
+    if "$python" tests/lab/run.py --native; then
+        say "this machine's kernel has ESP: no virtual machine is needed"
+    else
+        prepare_kernel
+    fi
+    tools="strongswan-charon strongswan-swanctl libcharon-extauth-plugins
+        libstrongswan-standard-plugins nftables"
+    [ ! -e "$lab/have/tools" ] || return 0
+    known strongswan-charon || update
+    # shellcheck disable=SC2046,SC2086
+    unpack $(missing $tools)
+    touch "$lab/have/tools"
+}
+
+case ${1-} in
+    python) prepare_python ;;
+    lab) prepare_lab ;;
+    *) die "usage: prepare.sh python|lab" ;;
+esac
