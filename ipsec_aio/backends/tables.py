@@ -1,0 +1,238 @@
+"""What backends with tables share: mirror, resolver, clock, epoch, subscribers, timers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from ipsec_aio.errors import BackendUnavailable
+from ipsec_aio.mirror import Mirror
+from ipsec_aio.tokens import PToken, Resolver
+
+from .contract import Backend
+
+if TYPE_CHECKING:
+    from ipsec_aio.events import Event
+    from ipsec_aio.evidence import Evidence
+    from ipsec_aio.sa import SAKey
+
+__all__ = ["TableBackend"]
+
+
+class _Subscriber:
+    """A callback, the loop on which it is called, and whether that is about to happen."""
+
+    __slots__ = ("callback", "due", "loop")
+
+    def __init__(self, callback: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
+        self.callback: Callable[[], None] | None = callback
+        self.loop = loop
+        self.due = False
+
+    def run(self) -> None:
+        self.due = False
+        if self.callback is not None:
+            self.callback()
+
+
+class TableBackend(Backend):
+    """A backend whose facts are a mirror.
+
+    A subclass brings the facts: it calls :meth:`take` with live events, or changes ``mirror``
+    itself (a resync) and then calls :meth:`changed`. It may override :meth:`lookup_missing` and
+    :meth:`drain`. After :meth:`bind_loop` it belongs to the running loop.
+    """
+
+    name = "tables"
+
+    def __init__(
+        self, *, trust_policy: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.trust_policy = trust_policy
+        self.clock = clock
+        self.mirror = Mirror()
+        self.resolver = Resolver(self.mirror, clock, trust_policy=trust_policy)
+        self.resolver.lookup_missing = self.lookup_missing
+        self.resolver.wait = self._wait
+        self.resolver.settled = self._settled
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.closed = False
+        self._thread = 0
+        self._seen = self.mirror.epoch
+        self._subscribers: list[_Subscriber] = []
+        self._waiters: list[tuple[PToken, asyncio.Future[None]]] = []
+        self._timer: tuple[asyncio.AbstractEventLoop, float, asyncio.TimerHandle] | None = None
+
+    # For subclasses
+
+    def bind_loop(self) -> None:
+        """Belong to the running loop from now on."""
+        self.loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+
+    def check(self) -> None:
+        """Raise BackendUnavailable when closed, forked, or in another loop's thread."""
+        if self.closed:
+            raise BackendUnavailable(f"the {self.name} backend is closed")
+        if self.resolver.stale:
+            raise BackendUnavailable(f"the {self.name} backend belongs to the parent process")
+        if self.loop is not None and self._thread != threading.get_ident():
+            raise BackendUnavailable(f"the {self.name} backend belongs to another loop's thread")
+
+    def check_loop(self) -> None:
+        """Like :meth:`check`, and demand the loop that opened the backend."""
+        self.check()
+        if self.loop is not None and self.loop is not asyncio.get_running_loop():
+            raise BackendUnavailable(f"the {self.name} backend belongs to another loop")
+
+    def take(self, events: Iterable[Event]) -> None:
+        """Take in live events."""
+        now = self.clock()
+        for event in events:
+            self.mirror.apply(event, now)
+        self.changed()
+
+    def changed(self) -> None:
+        """Let everybody know who must, after the mirror or the resolver was changed."""
+        if self.mirror.epoch != self._seen:
+            self._seen = self.mirror.epoch
+            self.resolver.settle_all()
+            for subscriber in list(self._subscribers):
+                self._call(subscriber)
+        self._arm()
+
+    def set_generation(self, generation: int) -> None:
+        """Tell the stamp's generation, 0 for none that is verified."""
+        if generation != self.resolver.generation:
+            self.resolver.generation = generation
+            self.mirror.bump()
+            self.changed()
+
+    def set_opaque_interfaces(self, opaque: bool) -> None:
+        """Tell whether interfaces exist that scrub the security path."""
+        if opaque != self.resolver.opaque_interfaces:
+            self.resolver.opaque_interfaces = opaque
+            self.mirror.bump()
+            self.changed()
+
+    @abstractmethod
+    def lookup_missing(self, key: SAKey) -> bool:
+        """Ask for one SA without waiting; True: the mirror now knows all about this key.
+
+        Called while a token is being resolved: put what is found into ``mirror``, and leave
+        :meth:`take` and :meth:`changed` for later.
+        """
+
+    # The contract
+
+    @property
+    def epoch(self) -> int:
+        """Changes whenever an earlier answer may no longer hold."""
+        return self.mirror.epoch
+
+    def drain(self) -> None:
+        """Let time pass in the mirror."""
+        self.mirror.advance(self.clock())
+        if self.mirror.epoch != self._seen:
+            self.changed()
+
+    def resolve(self, evidence: Evidence) -> PToken:
+        """Return the token for this evidence."""
+        self.check()
+        token = self.resolver.resolve(evidence)
+        if self.mirror.epoch != self._seen:
+            self.changed()
+        return token
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have ``callback()`` called on the running loop soon after the epoch changed."""
+        self.check_loop()
+        subscriber = _Subscriber(callback, asyncio.get_running_loop())
+        self._subscribers.append(subscriber)
+        self._arm()
+
+        def unsubscribe() -> None:
+            subscriber.callback = None
+            if subscriber in self._subscribers:
+                self._subscribers.remove(subscriber)
+
+        return unsubscribe
+
+    async def aclose(self) -> None:
+        """Stop; tokens stay readable. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer[2].cancel()
+            self._timer = None
+        self.resolver.close()
+        self.mirror.bump()
+        self.changed()
+        self._subscribers.clear()
+
+    # Waiting
+
+    def _call(self, subscriber: _Subscriber) -> None:
+        if subscriber.due:
+            return
+        if subscriber.loop.is_closed():
+            self._subscribers.remove(subscriber)
+            return
+        subscriber.due = True
+        subscriber.loop.call_soon_threadsafe(subscriber.run)
+
+    async def _wait(self, token: PToken, timeout: float | None) -> None:  # noqa: ASYNC109
+        waiter = token, asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._arm()
+        try:
+            async with asyncio.timeout(timeout):
+                await waiter[1]
+        finally:
+            self._waiters.remove(waiter)
+
+    def _settled(self, token: PToken) -> None:
+        for waiting, future in self._waiters:
+            if waiting is token:
+                loop = future.get_loop()
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(_finish, future)
+
+    def _arm(self) -> None:
+        """See to it that time passes also when nobody drains."""
+        if self.closed or not (self._subscribers or self._waiters):
+            return
+        deadlines = [
+            d for d in (self.mirror.next_deadline(), self.resolver.next_deadline()) if d is not None
+        ]
+        if not deadlines:
+            return
+        deadline = min(deadlines)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if self._timer is not None:
+            timer_loop, when, handle = self._timer
+            if timer_loop is loop and when <= deadline:
+                return
+            if timer_loop is loop:
+                handle.cancel()
+        handle = loop.call_later(max(0.0, deadline - self.clock()) + 0.001, self._tick)
+        self._timer = loop, deadline, handle
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.mirror.advance(self.clock())
+        self.resolver.settle_all()
+        self.changed()
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
