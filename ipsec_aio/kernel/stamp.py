@@ -1,0 +1,415 @@
+"""The stamp as a backend uses it: taken or installed, verified, watched, restored, removed.
+
+Rules:
+
+* ``generation`` is not 0 only while everything that the stamp's truth depends on was read back and
+  found right: table, chains, rules, set; no later writer of the mark; nobody else who needs marks.
+* Whatever is lost, for however short a time, costs the generation: when the stamp stands again it
+  has another number. Loss is learnt from nf_tables' own events, read in :meth:`Stamp.refresh`.
+* What we did not make we do not repair: a table that the command line put there, or another
+  process owns, is used as it is. Ports that we added are taken out again, no others.
+* Everything is of the network namespace of the thread that called :func:`open_stamp`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, TypeAlias
+
+from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable
+
+from . import nfnetlink as nft
+from . import stamp_table
+from .nfnetlink import EventSocket, Message, NftSocket
+from .stamp_foreign import LateTable, is_late, own_table
+from .stamp_sysctl import FwmarkAccept
+from .stamp_table import PROTOCOLS, Port, TableState
+
+__all__ = ["Coverage", "KernelStamp", "MarkUsers", "Stamp", "StampMode", "open_stamp"]
+
+StampMode: TypeAlias = Literal["use", "install", "require", "off"]
+_TCP = PROTOCOLS["tcp"]
+
+
+class _Change(IntEnum):
+    """What an event means for the stamp."""
+
+    NOTHING = 0
+    LOOK = 1
+    LOST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MarkUsers:
+    """Inbound IPsec that relies on marks of its own, each described for an operator.
+
+    ``policies``: inbound policies with a mark; ``states``: SAs with a mark; ``set_marks``: inbound
+    SAs that set one. With any of them the stamp must stay away: a policy that is matched by mark
+    would let clear packets through once the stamp rewrote it.
+    """
+
+    policies: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
+    set_marks: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> str:
+        """Why the stamp must stay away; empty where nobody uses marks."""
+        parts = (
+            ("inbound policies are matched by mark", self.policies),
+            ("SAs are matched by mark", self.states),
+            ("inbound SAs set a mark", self.set_marks),
+        )
+        found = [f"{what}: {', '.join(who)}" for what, who in parts if who]
+        return f"marks belong to someone else here: {'; '.join(found)}" if found else ""
+
+
+class Coverage:
+    """One use of one port. Made by :meth:`Stamp.cover`."""
+
+    __slots__ = ("_closed", "_stamp", "port")
+
+    def __init__(self, stamp: Stamp, port: Port | None) -> None:
+        self._stamp = stamp
+        self._closed = False
+        self.port = port
+
+    @property
+    def generation(self) -> int:
+        """The stamp's generation while the port is stamped, else 0.
+
+        When the number changes, what is in the socket's receive or accept queue came before or
+        in the gap: it proves nothing until the queue was seen empty once.
+        """
+        return 0 if self._closed else self._stamp.generation_of(self.port)
+
+    def close(self) -> None:
+        """End this use; the last one takes the port out, where we put it in. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._stamp.uncover(self.port)
+
+
+class Stamp:
+    """No stamp: what a backend has with mode ``"off"``, or where there can be none."""
+
+    def __init__(self, problem: str = "the stamp is off") -> None:
+        self._problem = problem
+
+    @property
+    def generation(self) -> int:
+        """0 while not verified, else a number that no earlier verification had."""
+        return 0
+
+    @property
+    def problem(self) -> str:
+        """Why the generation is 0; else empty."""
+        return self._problem
+
+    @property
+    def keeps_fragments(self) -> bool:
+        """Whether decrypted fragments reach reassembly."""
+        return True
+
+    def cover(self, protocol: int, port: int) -> Coverage:
+        """Have a local port stamped, from now on or as soon as there is a stamp.
+
+        ``protocol`` is IPPROTO_TCP or IPPROTO_UDP. In the modes ``"install"`` and ``"require"``
+        raises BackendDenied, BackendUnavailable or BackendError where that cannot be done;
+        otherwise the coverage's generation is 0.
+        """
+        del protocol, port
+        return Coverage(self, None)
+
+    def uncover(self, port: Port | None) -> None:
+        """End one use of a port (:meth:`Coverage.close` calls it)."""
+
+    def generation_of(self, port: Port | None) -> int:
+        """Return the generation of one port's stamp (:attr:`Coverage.generation` asks for it)."""
+        del port
+        return 0
+
+    def refresh(self) -> None:
+        """Take in what changed in the kernel. Synchronous, short; never raises.
+
+        Call it after receiving and before evidence is judged. It may call ``on_change``.
+        """
+
+    def marks_changed(self) -> None:
+        """Ask for :class:`MarkUsers` again: the backend's SAs or policies changed."""
+
+    def tcp_ready(self) -> bool:
+        """Say whether accepted connections carry their handshake's mark now (about 1 µs)."""
+        return False
+
+    def close(self) -> None:
+        """Take away what we put in place, and nothing else. Idempotent; never raises."""
+
+
+class KernelStamp(Stamp):
+    """A stamp on nf_tables. Made by :func:`open_stamp`."""
+
+    def __init__(
+        self, mode: StampMode, marks: Callable[[], MarkUsers], on_change: Callable[[], None]
+    ) -> None:
+        super().__init__("the stamp was not looked at yet")
+        self._mode = mode
+        self._marks = marks
+        self._on_change = on_change
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._generation = 0
+        self._verified = 0
+        self._marks_problem = ""
+        self._state = TableState()
+        self._refusal: BackendError | None = None
+        self._owned = False
+        self._covered: Counter[Port] = Counter()
+        self._added: set[Port] = set()
+        self._tcp_ready = False
+        self._closed = False
+        self._events = EventSocket()
+        try:
+            self._netlink = NftSocket()
+        except BaseException:
+            self._events.close()
+            raise
+        self._sysctl = FwmarkAccept()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take or install the stamp and watch it. Raises as the mode demands."""
+        self._loop = loop
+        loop.add_reader(self._events.fileno(), self.refresh)
+        self._verify(lost=False)
+        if isinstance(self._refusal, BackendDenied):
+            raise self._refusal
+        if self._mode != "use" and self._problem:
+            raise self._refusal or self._why(self._problem)
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    @property
+    def keeps_fragments(self) -> bool:
+        return self._state.keeps_fragments
+
+    def generation_of(self, port: Port | None) -> int:
+        if port is None or port not in self._state.ports:
+            return 0
+        return self._generation if port.protocol != _TCP or self._tcp_ready else 0
+
+    def cover(self, protocol: int, port: int) -> Coverage:
+        if self._closed:
+            raise BackendUnavailable(errno.EBADF, "the stamp is closed")
+        try:
+            wanted = Port.checked(protocol, port)
+        except ValueError as error:
+            if self._mode == "use":
+                return Coverage(self, None)
+            raise BackendError(errno.EINVAL, str(error)) from None
+        self._covered[wanted] += 1
+        coverage = Coverage(self, wanted)
+        self.refresh()
+        if wanted not in self._state.ports:
+            self._verify(lost=False)
+        if self._mode != "use" and not coverage.generation:
+            refusal = self._refusal or self._why(
+                self._problem or "net.ipv4.tcp_fwmark_accept is 0: set it to 1"
+            )
+            coverage.close()
+            raise refusal
+        return coverage
+
+    def uncover(self, port: Port | None) -> None:
+        if port is None or self._closed:
+            return
+        self._covered[port] -= 1
+        if self._covered[port]:
+            return
+        del self._covered[port]
+        if port in self._added:
+            self._added.discard(port)
+            with suppress(BackendError):
+                stamp_table.remove_ports(self._netlink, [port])
+            self._verify(lost=False)
+
+    def refresh(self) -> None:
+        if self._closed:
+            return
+        events = self._events.read()
+        change = (
+            _Change.LOST
+            if events is None
+            else max(map(self._weigh, events), default=_Change.NOTHING)
+        )
+        if change:
+            self._verify(lost=change is _Change.LOST)
+        self._check_sysctl()
+
+    def marks_changed(self) -> None:
+        if not self._closed and self._marks().problem != self._marks_problem:
+            self._verify(lost=False)
+
+    def tcp_ready(self) -> bool:
+        if self._closed:
+            return False
+        self._check_sysctl()
+        return bool(self._generation) and self._tcp_ready
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._generation = 0
+        self._problem = "the stamp is closed"
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._events.fileno())
+        with suppress(BackendError):
+            if self._owned:
+                stamp_table.remove(self._netlink)
+            elif present := self._added & stamp_table.read(self._netlink).ports:
+                stamp_table.remove_ports(self._netlink, present)
+        self._sysctl.restore()
+        self._sysctl.close()
+        self._events.close()
+        self._netlink.close()
+
+    def _weigh(self, event: Message) -> _Change:
+        if event.portid == self._netlink.portid or event.kind == nft.NEWGEN:
+            return _Change.NOTHING
+        if own_table(event):
+            if event.kind == nft.NEWSETELEM:
+                return _Change.LOOK
+            if event.kind == nft.DELSETELEM:
+                gone = stamp_table.ports_of(event)
+                return _Change.LOOK if gone.isdisjoint(self._covered) else _Change.LOST
+            return _Change.LOST
+        if event.kind == nft.NEWCHAIN and is_late(event):
+            return _Change.LOST
+        table = LateTable(event.family, nft.unpack_text(event.attributes.get(1)))
+        elements = event.kind in (nft.NEWSETELEM, nft.DELSETELEM)
+        return _Change.LOST if table in self._state.late and not elements else _Change.NOTHING
+
+    def _verify(self, *, lost: bool) -> None:
+        """Read everything back, restore what is ours, and settle the generation."""
+        before = self._generation, self._state.ports
+        self._refusal = None
+        self._look()
+        lost = lost or not (before[1] & self._covered.keys()) <= self._state.ports
+        if self._mode == "install":
+            self._restore()
+        if not self._problem:
+            self._add_missing()
+        if self._problem:
+            self._generation = 0
+        elif lost or not self._generation:
+            self._verified += 1
+            self._generation = self._verified
+        if before != (self._generation, self._state.ports):
+            self._on_change()
+
+    def _look(self) -> None:
+        self._marks_problem = self._marks().problem
+        try:
+            self._state = stamp_table.read(self._netlink)
+        except BackendError as error:
+            self._state = TableState()
+            self._refusal = error
+            self._problem = error.strerror
+            return
+        self._problem = self._marks_problem or self._state.problem
+        self._added &= self._state.ports
+
+    def _restore(self) -> None:
+        try:
+            if self._marks_problem:
+                if self._owned:
+                    stamp_table.remove(self._netlink)
+                    self._owned = False
+                    self._look()
+            elif not (self._state.installed or self._state.late_writers or self._refusal):
+                wanted = self._covered.keys()
+                stamp_table.install(self._netlink, wanted, owned=True)
+                self._owned = True
+                self._look()
+                self._added |= wanted & self._state.ports
+        except BackendError as error:
+            self._look()
+            self._refusal = error if self._problem else None
+
+    def _add_missing(self) -> None:
+        missing = self._covered.keys() - self._state.ports
+        if not missing:
+            return
+        try:
+            stamp_table.add_ports(self._netlink, missing)
+            self._look()
+            self._added |= missing & self._state.ports
+        except BackendError as error:
+            self._refusal = error
+
+    def _check_sysctl(self) -> None:
+        if all(port.protocol != _TCP for port in self._covered):
+            return
+        ready = self._sysctl.enabled
+        if ready and self._tcp_ready:
+            return
+        before, lost = self._generation, self._tcp_ready
+        if not ready and self._mode == "install" and self._generation:
+            try:
+                self._sysctl.enable()
+            except BackendError as error:
+                self._refusal = error
+        self._tcp_ready = self._sysctl.enabled
+        if lost and before:
+            self._verified += 1
+            self._generation = self._verified
+        if lost or self._tcp_ready:
+            self._on_change()
+
+    def _why(self, problem: str) -> BackendError:
+        if self._state.installed:
+            return BackendError(errno.EINVAL, problem)
+        return BackendUnavailable(errno.ENOENT, problem)
+
+
+async def open_stamp(
+    mode: StampMode,
+    *,
+    marks: Callable[[], MarkUsers] = MarkUsers,
+    on_change: Callable[[], None] = lambda: None,
+) -> Stamp:
+    """Open the stamp of this thread's network namespace, watched by the running loop.
+
+    ``mode``: ``"use"`` takes it where it is installed, and notices when it comes later;
+    ``"install"`` installs it where absent, so that it goes with this process; ``"require"`` fails
+    without it; ``"off"`` has none. ``marks()`` tells who else uses marks, whenever that matters.
+    ``on_change()`` is called after :attr:`Stamp.generation` or the stamped ports changed, from
+    :meth:`Stamp.refresh`, :meth:`Stamp.cover` and :meth:`Coverage.close` or from the loop.
+
+    Raises ValueError for another mode, BackendDenied without CAP_NET_ADMIN, and, where the mode
+    demands a stamp, BackendUnavailable (no stamp, or a kernel without its parts) or BackendError
+    (what is there is not to be trusted, or marks belong to someone else).
+    """
+    if mode == "off":
+        return Stamp()
+    if mode not in ("use", "install", "require"):
+        raise ValueError(f"stamp={mode!r}: it is use, install, require or off")
+    try:
+        stamp = KernelStamp(mode, marks, on_change)
+    except BackendUnavailable as error:
+        if mode == "use":
+            return Stamp(error.strerror)
+        raise
+    try:
+        stamp.start(asyncio.get_running_loop())
+    except BaseException:
+        stamp.close()
+        raise
+    return stamp
