@@ -14,6 +14,8 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import inspect
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +40,14 @@ else:
     _Buffered = asyncio.BufferedProtocol
     _Datagram = asyncio.DatagramProtocol
 
-__all__ = ["BufferedProtocol", "DatagramProtocol", "Protocol", "TokenProtocol", "takes_token"]
+__all__ = [
+    "BufferedProtocol",
+    "DatagramProtocol",
+    "Protocol",
+    "TokenProtocol",
+    "check_protocol",
+    "takes_token",
+]
 
 
 class TokenProtocol(_Base):
@@ -123,6 +132,22 @@ class DatagramProtocol(TokenProtocol, _Datagram):
 
         Rate-limited: not one call per datagram; ``transport.ipsec_stats`` counts them all.
         """
+
+
+def check_protocol(protocol: object) -> None:
+    """Raise TypeError for what a ``protocol_factory`` can only have returned by mistake.
+
+    Whatever asyncio can work with passes: what counts is the methods, not the class.
+    """
+    if not hasattr(protocol, "connection_made"):
+        raise TypeError(
+            f"protocol_factory returned {protocol!r}, which is no protocol: "
+            "it has no connection_made()"
+        )
+    if isinstance(protocol, type):
+        method = inspect.getattr_static(protocol, "connection_made")
+        if isinstance(method, FunctionType):
+            raise TypeError(f"protocol_factory returned the class {protocol!r}, not an instance")
 
 
 def takes_token(protocol: object) -> bool:

@@ -24,7 +24,7 @@ class IPsecStats:
     protected: int = 0
     unknown: int = 0
     refused: int = 0
-    refused_by: Mapping[str, int] = field(default=_EMPTY)
+    refused_by: Mapping[str, int] = field(default_factory=lambda: _EMPTY, hash=False)
 
 
 class Counters:

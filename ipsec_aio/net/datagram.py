@@ -1,0 +1,442 @@
+"""A datagram transport that keeps the evidence of each datagram.
+
+Rules:
+
+* asyncio gives no ancillary data away, so the transport reads a socket of its own with recvmsg,
+  under ``loop.add_reader``, which every loop has.
+* To the outside it is asyncio's datagram transport of the running Python version, flow control,
+  errors and their texts included.
+* A wake-up takes up to ``BATCH`` datagrams, judges them together, then delivers them. A callback
+  that closes the transport or pauses reading stops the delivery; one that raises costs only its
+  own datagram.
+* What does not meet the requirement is dropped, counted and reported (:mod:`.refusals`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import warnings
+from asyncio.trsock import TransportSocket
+from collections import deque
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, cast
+
+from ipsec_aio.log import net_logger
+
+from .context import current
+from .protocols import DatagramProtocol, takes_token
+from .refusals import Refusals
+from .stats import Counters, IPsecStats
+
+if TYPE_CHECKING:
+    from ipsec_aio.backends.contract import Registration
+    from ipsec_aio.errors import ProtectionError
+    from ipsec_aio.tokens import PToken
+
+    from .protocols import TokenProtocol
+    from .witness import Verdict, Witness
+
+    AnyProtocol = asyncio.BaseProtocol | TokenProtocol
+
+__all__ = ["BATCH", "DatagramTransport"]
+
+BATCH = 64
+
+_IP_BUFFER = 65536
+_OTHER_BUFFER = 256 * 1024
+_CONTROL_BUFFER = 512
+_WARN_AFTER = 5
+
+# Since Python 3.13 an empty datagram is sent, and each counts in the buffer with its header.
+_SENDS_EMPTY = sys.version_info >= (3, 13)
+_HEADER = 8 if _SENDS_EMPTY else 0
+
+_Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+
+
+class DatagramTransport(asyncio.DatagramTransport):
+    """Transport of one datagram socket, made by :func:`create_datagram_endpoint`.
+
+    ``get_extra_info`` knows ``"socket"``, ``"sockname"``, ``"peername"`` and, on a connected
+    socket, ``"ptoken"``: the PToken of what its peer sends at this moment.
+    """
+
+    _sock: socket.socket | None = None
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        protocol: AnyProtocol,
+        witness: Witness,
+        registration: Registration | None = None,
+        *,
+        address: Any = None,
+        waiter: asyncio.Future[None] | None = None,
+    ) -> None:
+        self._sockname = _name(sock.getsockname)
+        self._peer = _name(sock.getpeername)
+        super().__init__(
+            {
+                "socket": TransportSocket(sock),
+                "sockname": self._sockname,
+                "peername": self._peer,
+            }
+        )
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._witness = witness
+        self._registration = registration
+        self._address = address
+        ip = sock.family in (socket.AF_INET, socket.AF_INET6)
+        self._receive_size = _IP_BUFFER if ip else _OTHER_BUFFER
+        self._buffer: deque[tuple[bytes, Any]] = deque()
+        self._buffer_size = 0
+        self._backlog: deque[tuple[bytes, Any, Verdict]] = deque()
+        self._counters = Counters()
+        self._refusals = Refusals(self._counters)
+        self._low_water, self._high_water = _limits(None, None)
+        self._writing_paused = self._reading_paused = self._closing = False
+        self._conn_lost = 0
+        self.set_protocol(protocol)
+        self._context = copy_context()
+        loop.call_soon(self._connection_made, context=self._context)
+        loop.call_soon(self._start_reading, context=self._context)
+        if waiter is not None:
+            loop.call_soon(_wake, waiter)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._sock is None else "closing" if self._closing else "open"
+        peer = f" peer={self._peer}" if self._peer else ""
+        return (
+            f"<{type(self).__name__} {state} fd={self._fd} "
+            f"local={self._sockname}{peer} bufsize={self._buffer_size}>"
+        )
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        if self._sock is not None:
+            _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+            self._release()
+
+    @property
+    def ipsec_stats(self) -> IPsecStats:
+        """What was received, and what was refused and why: a snapshot."""
+        return self._counters.snapshot()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return information about the transport."""
+        if name == "ptoken":
+            return self._ptoken() if self._peer else default
+        return super().get_extra_info(name, default)
+
+    def set_protocol(self, protocol: AnyProtocol) -> None:
+        """Install a protocol; whether its callbacks get a token is judged anew."""
+        # asyncio calls whatever looks like a protocol; so does this.
+        self._protocol: Any = protocol
+        self._gives_token = takes_token(protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Return the protocol; None once the connection is lost."""
+        return cast("asyncio.BaseProtocol", self._protocol)
+
+    def _ptoken(self) -> PToken | None:
+        return self._witness.token_of(self._peer) if self._peer else None
+
+    def _connection_made(self) -> None:
+        token = self._ptoken()
+        current.set(token)
+        if self._gives_token:
+            self._protocol.connection_made(self, token)
+        else:
+            self._protocol.connection_made(self)
+
+    # Reading.
+
+    def is_reading(self) -> bool:
+        """Whether datagrams are delivered."""
+        return not self._closing and not self._reading_paused
+
+    def pause_reading(self) -> None:
+        """Deliver nothing until :meth:`resume_reading`; the kernel queues, and drops what is over.
+
+        What a callback's own wake-up has already received is kept and delivered then.
+        """
+        if self.is_reading():
+            self._reading_paused = True
+            self._loop.remove_reader(self._fd)
+
+    def resume_reading(self) -> None:
+        """Deliver again."""
+        if self._reading_paused and not self._closing:
+            self._reading_paused = False
+            self._loop.call_soon(self._start_reading, context=self._context)
+
+    def _start_reading(self) -> None:
+        self._deliver()
+        if self.is_reading():
+            # The loop runs the reader in a copy of this context.
+            self._loop.add_reader(self._fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        if not self.is_reading():
+            return
+        witness = self._witness
+        witness.before()
+        received, emptied, error = self._receive()
+        witness.after(emptied=emptied)
+        judge = witness.judge
+        self._backlog.extend(
+            [(data, addr, judge(addr, told, flags)) for data, told, flags, addr in received]
+        )
+        self._deliver()
+        if error is None or self._closing:
+            return
+        if isinstance(error, OSError):
+            self._protocol.error_received(error)
+        else:
+            self._fatal_error(error, "Fatal read error on datagram transport")
+
+    def _receive(self) -> tuple[list[_Received], bool, Exception | None]:
+        """Take a batch; say whether the queue was seen empty, and what went wrong."""
+        received: list[_Received] = []
+        assert self._sock is not None  # noqa: S101
+        recvmsg = self._sock.recvmsg
+        size = self._receive_size
+        try:
+            for _ in range(BATCH):
+                received.append(recvmsg(size, _CONTROL_BUFFER))
+        except BlockingIOError:
+            return received, True, None
+        except InterruptedError:
+            pass
+        except Exception as exc:
+            return received, False, exc
+        return received, False, None
+
+    def _deliver(self) -> None:
+        backlog = self._backlog
+        counters = self._counters
+        while backlog and not self._closing and not self._reading_paused:
+            data, addr, verdict = backlog.popleft()
+            counters.received += 1
+            if verdict.protected:
+                counters.protected += 1
+            elif verdict.unknown:
+                counters.unknown += 1
+            current.set(verdict.token)
+            try:
+                if verdict.error is not None:
+                    self._refuse(addr, verdict.error)
+                elif self._gives_token:
+                    self._protocol.datagram_received(data, addr, verdict.token)
+                else:
+                    self._protocol.datagram_received(data, addr)
+            except (SystemExit, KeyboardInterrupt):
+                current.set(None)
+                self._loop.call_soon(self._deliver, context=self._context)
+                raise
+            except BaseException as exc:
+                self._report(exc, "Exception in a callback for a received datagram")
+        current.set(None)
+
+    def _refuse(self, addr: Any, error: ProtectionError) -> None:
+        tell = self._refusals.add(self, addr, error, self._loop.time())
+        if tell and isinstance(self._protocol, DatagramProtocol):
+            self._protocol.datagram_refused(addr, error)
+
+    # Writing.
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes wait to be sent."""
+        return self._buffer_size
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Return the low- and the high-water mark, in bytes."""
+        return self._low_water, self._high_water
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Set the marks at which ``resume_writing`` and ``pause_writing`` are called, in bytes."""
+        self._low_water, self._high_water = _limits(high, low)
+        self._maybe_pause()
+
+    def sendto(self, data: bytes | bytearray | memoryview, addr: Any = None) -> None:
+        """Send a datagram, or buffer it where the socket is not ready.
+
+        ``addr`` may be left out where the endpoint has a remote address.
+        """
+        if not isinstance(data, (bytes, bytearray, memoryview)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"data argument must be a bytes-like object, not {type(data).__name__!r}"
+            )
+        if not data and not _SENDS_EMPTY:
+            return
+        if self._address:
+            if addr not in (None, self._address):
+                raise ValueError(f"Invalid address: must be None or {self._address}")
+            addr = self._address
+        if self._sock is None or (self._conn_lost and self._address):
+            if self._conn_lost >= _WARN_AFTER:
+                net_logger.warning("%r: sendto() on a closed transport", self)
+            self._conn_lost += 1
+            return
+        if not self._buffer:
+            try:
+                self._send(data, addr)
+            except (BlockingIOError, InterruptedError):
+                self._loop.add_writer(self._fd, self._on_writable)
+            except OSError as exc:
+                self._protocol.error_received(exc)
+                return
+            except Exception as exc:
+                self._fatal_error(exc, "Fatal write error on datagram transport")
+                return
+            else:
+                return
+        self._buffer.append((bytes(data), addr))
+        self._buffer_size += len(data) + _HEADER
+        self._maybe_pause()
+
+    def _send(self, data: bytes | bytearray | memoryview, addr: Any) -> None:
+        assert self._sock is not None  # noqa: S101
+        if self._peer:
+            self._sock.send(data)
+        else:
+            self._sock.sendto(data, addr)
+
+    def _on_writable(self) -> None:
+        current.set(None)
+        while self._buffer:
+            data, addr = self._buffer[0]
+            try:
+                self._send(data, addr)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as exc:
+                self._sent()
+                self._protocol.error_received(exc)
+                return
+            except Exception as exc:
+                self._fatal_error(exc, "Fatal write error on datagram transport")
+                return
+            self._sent()
+        self._maybe_resume()
+        if not self._buffer:
+            self._loop.remove_writer(self._fd)
+            if self._closing:
+                self._lose(None)
+
+    def _sent(self) -> None:
+        data, _ = self._buffer.popleft()
+        self._buffer_size -= len(data) + _HEADER
+
+    def _maybe_pause(self) -> None:
+        if self._buffer_size > self._high_water and not self._writing_paused:
+            self._writing_paused = True
+            try:
+                self._protocol.pause_writing()
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as exc:
+                self._report(exc, "protocol.pause_writing() failed")
+
+    def _maybe_resume(self) -> None:
+        if self._writing_paused and self._buffer_size <= self._low_water:
+            self._writing_paused = False
+            try:
+                self._protocol.resume_writing()
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as exc:
+                self._report(exc, "protocol.resume_writing() failed")
+
+    # The end.
+
+    def is_closing(self) -> bool:
+        """Whether it is closed or about to be."""
+        return self._closing
+
+    def close(self) -> None:
+        """Receive no more, send what is buffered, then call ``connection_lost(None)``."""
+        if self._closing:
+            return
+        self._closing = True
+        self._loop.remove_reader(self._fd)
+        if not self._buffer:
+            self._lose(None)
+
+    def abort(self) -> None:
+        """Drop what is buffered and call ``connection_lost(None)`` soon."""
+        self._force_close(None)
+
+    def _fatal_error(self, exc: Exception, message: str) -> None:
+        if isinstance(exc, OSError):
+            if self._loop.get_debug():
+                net_logger.debug("%r: %s", self, message, exc_info=exc)
+        else:
+            self._report(exc, message)
+        self._force_close(exc)
+
+    def _report(self, exc: BaseException, message: str) -> None:
+        self._loop.call_exception_handler(
+            {"message": message, "exception": exc, "transport": self, "protocol": self._protocol}
+        )
+
+    def _force_close(self, exc: Exception | None) -> None:
+        if self._conn_lost:
+            return
+        if self._buffer:
+            self._buffer.clear()
+            self._buffer_size = 0
+            self._loop.remove_writer(self._fd)
+        if not self._closing:
+            self._closing = True
+            self._loop.remove_reader(self._fd)
+        self._lose(exc)
+
+    def _lose(self, exc: Exception | None) -> None:
+        if not self._conn_lost:
+            self._conn_lost = 1
+            self._loop.call_soon(self._connection_lost, exc, context=self._context)
+
+    def _connection_lost(self, exc: Exception | None) -> None:
+        try:
+            self._protocol.connection_lost(exc)
+        finally:
+            self._release()
+            self._protocol = None
+
+    def _release(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        self._backlog.clear()
+        if self._registration is not None:
+            self._registration.close()
+            self._registration = None
+
+
+def _limits(high: int | None, low: int | None) -> tuple[int, int]:
+    """Low- and high-water marks: 64 KiB and a quarter of that, unless told otherwise."""
+    if high is None:
+        high = 64 * 1024 if low is None else 4 * low
+    if low is None:
+        low = high // 4
+    if not high >= low >= 0:
+        raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+    return low, high
+
+
+def _name(ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
+    except OSError:
+        return None
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.cancelled():
+        waiter.set_result(None)

@@ -1,0 +1,299 @@
+"""``create_datagram_endpoint``: asyncio's, with tokens.
+
+Rules:
+
+* Arguments, their checks and the errors' texts are those of the loop's method. What is refused for
+  its arguments is refused before anything is opened.
+* Where the local port is known, the backend covers it before bind; else right after.
+* A failure or cancellation at any step closes what this call opened, and nothing else: a socket
+  that was passed in stays the caller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ipsec_aio.backends import resolve_backend
+from ipsec_aio.errors import BackendError
+from ipsec_aio.evidence import IPPROTO_UDP
+from ipsec_aio.log import net_logger
+from ipsec_aio.require import Require
+
+from .datagram import DatagramTransport
+from .protocols import TokenProtocol, check_protocol
+from .witness import Witness, runs_udp
+
+if TYPE_CHECKING:
+    from ipsec_aio.backends.contract import Backend, Registration
+
+_P = TypeVar("_P", bound="asyncio.BaseProtocol | TokenProtocol")
+
+__all__ = ["create_datagram_endpoint"]
+
+_Info = tuple[int, int, int, str, Any]
+
+
+async def create_datagram_endpoint(
+    protocol_factory: Callable[[], _P],
+    local_addr: tuple[str, int] | str | None = None,
+    remote_addr: tuple[str, int] | str | None = None,
+    *,
+    family: int = 0,
+    proto: int = 0,
+    flags: int = 0,
+    reuse_port: bool | None = None,
+    allow_broadcast: bool | None = None,
+    sock: socket.socket | None = None,
+    backend: Backend | None = None,
+    require: Require | None = None,
+) -> tuple[DatagramTransport, _P]:
+    """Open a datagram endpoint on the running loop, as ``loop.create_datagram_endpoint`` does.
+
+    Instances of :class:`DatagramProtocol` get each datagram with its token; other protocols get
+    asyncio's plain calls. ``backend`` None takes the process default. Datagrams that do not meet
+    ``require`` are dropped in user space and counted in ``transport.ipsec_stats``.
+
+    Raises what the loop's method raises, and BackendError where there is no backend, where it is
+    closed, or where it cannot cover the port as it was asked to.
+    """
+    if require is not None and not isinstance(require, Require):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"require must be a Require, not {require!r}")
+    loop = asyncio.get_running_loop()
+    if sock is not None:
+        _check_given(
+            sock,
+            local_addr=local_addr,
+            remote_addr=remote_addr,
+            family=family,
+            proto=proto,
+            flags=flags,
+            reuse_port=reuse_port,
+            allow_broadcast=allow_broadcast,
+        )
+        sock.setblocking(False)
+        chosen = await resolve_backend(backend)
+        opened = _Opened(sock, owned=False)
+        with opened:
+            await opened.cover(chosen)
+            return await opened.start(loop, protocol_factory, chosen, require)
+    _check_addresses(local_addr, remote_addr, family)
+    chosen = await resolve_backend(backend)
+    candidates = await _candidates(loop, local_addr, remote_addr, family, proto, flags)
+    failures: list[OSError] = []
+    for candidate_family, candidate_proto, local, remote in candidates:
+        try:
+            opened = _Opened(
+                socket.socket(candidate_family, socket.SOCK_DGRAM, candidate_proto), owned=True
+            )
+        except OSError as error:
+            failures.append(error)
+            continue
+        with opened:
+            try:
+                opened.configure(reuse_port=reuse_port, allow_broadcast=allow_broadcast)
+                await opened.bind(chosen, local)
+                await opened.connect(loop, remote, allow_broadcast=allow_broadcast)
+                await opened.cover(chosen)
+            except BackendError:
+                raise
+            except OSError as error:
+                failures.append(error)
+                continue
+            return await opened.start(loop, protocol_factory, chosen, require)
+    raise failures[0]
+
+
+class _Opened:
+    """A socket on its way to a transport. Leaving its ``with`` closes what was not handed over."""
+
+    def __init__(self, sock: socket.socket, *, owned: bool) -> None:
+        self._sock = sock
+        self._owned = owned
+        self._registration: Registration | None = None
+        self._covered: int | None = None
+        self._address: Any = None
+        self._handed_over = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self._handed_over:
+            return
+        if self._registration is not None:
+            self._registration.close()
+        if self._owned:
+            self._sock.close()
+
+    def configure(self, *, reuse_port: bool | None, allow_broadcast: bool | None) -> None:
+        self._sock.setblocking(False)
+        if reuse_port:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            except OSError as error:
+                raise ValueError(
+                    "reuse_port not supported by socket module, "
+                    "SO_REUSEPORT defined but not implemented."
+                ) from error
+        if allow_broadcast:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+
+    async def bind(self, backend: Backend, address: Any) -> None:
+        if address is None:
+            return
+        if runs_udp(self._sock) and address[1]:
+            self._registration = await backend.register(IPPROTO_UDP, address[1])
+            self._covered = self._registration.generation
+        self._sock.bind(address)
+
+    async def connect(
+        self, loop: asyncio.AbstractEventLoop, address: Any, *, allow_broadcast: bool | None
+    ) -> None:
+        self._address = address
+        if address is not None and not allow_broadcast:
+            await loop.sock_connect(self._sock, address)
+
+    async def cover(self, backend: Backend) -> None:
+        """Have the backend cover the local port, where that was not known before."""
+        if self._registration is not None or not runs_udp(self._sock):
+            return
+        port = self._sock.getsockname()[1]
+        if not port and self._owned:
+            # The kernel would choose a port at the first send, too late to be covered.
+            self._sock.bind(("", 0))
+            port = self._sock.getsockname()[1]
+        if port:
+            self._registration = await backend.register(IPPROTO_UDP, port)
+
+    async def start(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        protocol_factory: Callable[[], _P],
+        backend: Backend,
+        require: Require | None,
+    ) -> tuple[DatagramTransport, _P]:
+        protocol = protocol_factory()
+        check_protocol(protocol)
+        if isinstance(protocol, TokenProtocol) and not hasattr(protocol, "datagram_received"):
+            raise TypeError(f"{protocol!r} is a stream protocol: it has no datagram_received()")
+        witness = Witness(self._sock, backend, self._registration, require, covered=self._covered)
+        waiter: asyncio.Future[None] = loop.create_future()
+        transport = DatagramTransport(
+            loop,
+            self._sock,
+            protocol,
+            witness,
+            self._registration,
+            address=self._address,
+            waiter=waiter,
+        )
+        self._handed_over = True
+        if loop.get_debug():
+            net_logger.debug("created %r for %r", transport, protocol)
+        try:
+            await waiter
+        except BaseException:
+            transport.close()
+            raise
+        return transport, protocol
+
+
+def _check_given(sock: socket.socket, **options: Any) -> None:
+    if sock.type != socket.SOCK_DGRAM:
+        raise ValueError(f"A UDP Socket was expected, got {sock!r}")
+    problems = ", ".join(f"{name}={value}" for name, value in options.items() if value)
+    if problems:
+        raise ValueError(
+            "socket modifier keyword arguments can not be used when sock is specified. "
+            f"({problems})"
+        )
+
+
+def _check_addresses(local: Any, remote: Any, family: int) -> None:
+    if not (local or remote):
+        if not family:
+            raise ValueError("unexpected address family")
+        return
+    for address in (local, remote):
+        if address is None:
+            continue
+        if family == socket.AF_UNIX:
+            if not isinstance(address, str):
+                raise TypeError("string is expected")
+        elif not _is_pair(address):
+            raise TypeError("2-tuple is expected")
+
+
+def _is_pair(address: object) -> bool:
+    match address:
+        case tuple((_, _)):
+            return True
+        case _:
+            return False
+
+
+async def _candidates(
+    loop: asyncio.AbstractEventLoop, local: Any, remote: Any, family: int, proto: int, flags: int
+) -> list[tuple[int, int, Any, Any]]:
+    """Family, protocol, local and remote address of each attempt, in the resolver's order."""
+    if not (local or remote):
+        return [(family, proto, None, None)]
+    if family == socket.AF_UNIX:
+        if local and not local.startswith("\0"):
+            _remove_stale(local)
+        return [(family, proto, local or None, remote or None)]
+    found: dict[tuple[int, int], list[Any]] = {}
+    for side, address in enumerate((local, remote)):
+        if address is None:
+            continue
+        infos = await _resolve(loop, address, family, proto, flags)
+        if not infos:
+            raise OSError("getaddrinfo() returned empty list")
+        for info_family, _, info_proto, _, resolved in infos:
+            # Later addresses of a family replace earlier ones, as in asyncio.
+            found.setdefault((info_family, info_proto), [None, None])[side] = resolved
+    pairs = [
+        (*key, *pair)
+        for key, pair in found.items()
+        if (not local or pair[0] is not None) and (not remote or pair[1] is not None)
+    ]
+    if not pairs:
+        raise ValueError("can not get address information")
+    return pairs
+
+
+async def _resolve(
+    loop: asyncio.AbstractEventLoop, address: tuple[Any, Any], family: int, proto: int, flags: int
+) -> Sequence[_Info]:
+    host, port = address
+    if isinstance(host, str) and isinstance(port, int) and proto in (0, IPPROTO_UDP):
+        for kind, rest in ((socket.AF_INET, ()), (socket.AF_INET6, (0, 0))):
+            if family in (0, kind) and _is_numeric(kind, host):
+                return [(kind, socket.SOCK_DGRAM, IPPROTO_UDP, "", (host, port, *rest))]
+    return await loop.getaddrinfo(
+        host, port, family=family, type=socket.SOCK_DGRAM, proto=proto, flags=flags
+    )
+
+
+def _is_numeric(family: int, host: str) -> bool:
+    try:
+        socket.inet_pton(family, host)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket file that an earlier process left at a path."""
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.remove(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        net_logger.error("Unable to check or remove stale UNIX socket %r: %r", path, error)

@@ -1,0 +1,236 @@
+"""What the datagrams of one socket are worth: from raw evidence to a token and a verdict.
+
+Rules:
+
+* Per wake-up: :meth:`Witness.before`, receive, :meth:`Witness.after`, then :meth:`Witness.judge`
+  for each datagram, then deliver. ``after`` drains the backend, so that a token knows at least
+  what the kernel had told when the datagram was received.
+* A stamp covers a datagram only if it was verified before the datagram arrived. What may have
+  waited in the receive queue since before is in doubt, until the queue was seen empty once.
+* A verdict is kept by its raw evidence (sender and control messages) as long as the backend's
+  epoch and the stamp stay as they are, and no more than ``CACHE_LIMIT`` of them.
+* A backend that is closed under a running endpoint makes everything UNKNOWN; nothing raises.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ipsec_aio.enums import Assurance
+from ipsec_aio.errors import BackendError
+from ipsec_aio.evidence import IPPROTO_UDP, Evidence
+from ipsec_aio.flow import pack_address
+from ipsec_aio.kernel.sockopts import (
+    netns_cookie,
+    protocol_of,
+    receive_fragment_sizes,
+    receive_marks,
+    receive_packet_info,
+)
+from ipsec_aio.wire.cmsg import ControlMessage, parse
+
+if TYPE_CHECKING:
+    from ipsec_aio.backends.contract import Backend, Registration
+    from ipsec_aio.errors import ProtectionError
+    from ipsec_aio.require import Require
+    from ipsec_aio.tokens import PToken
+
+__all__ = ["CACHE_LIMIT", "Verdict", "Witness", "runs_udp"]
+
+CACHE_LIMIT = 16384
+
+_IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_WILDCARDS = (bytes(4), bytes(16))
+
+
+def runs_udp(sock: socket.socket) -> bool:
+    """Whether the kernel runs UDP over IP on this socket: not UDP-Lite, ICMP or AF_UNIX."""
+    return sock.family in _IP_FAMILIES and protocol_of(sock) == IPPROTO_UDP
+
+
+class Verdict:
+    """A token, and what the endpoint's requirement says of it (None: welcome)."""
+
+    __slots__ = ("error", "protected", "token", "unknown")
+
+    def __init__(self, token: PToken, error: ProtectionError | None) -> None:
+        self.token = token
+        self.error = error
+        self.protected = token.protected
+        self.unknown = token.assurance is Assurance.UNKNOWN
+
+
+class Witness:
+    """Judges the datagrams of one socket, which is bound, connected or will be bound later.
+
+    ``registration`` is None where the backend covers no port of it. ``covered`` is the stamp's
+    generation as read before the socket was bound; None where it was registered later.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        backend: Backend,
+        registration: Registration | None = None,
+        require: Require | None = None,
+        *,
+        covered: int | None = None,
+    ) -> None:
+        self._sock = sock
+        self._backend = backend
+        self._registration = registration
+        self._require = require
+        self._verdicts: dict[object, Verdict] = {}
+        self._state: object = None
+        self._configured: int | None = None
+        self._readable = self._expects_mark = self._tells_fragments = self._gap = False
+        self._local = b""
+        self._port = 0
+        self._doubt = self._unfitness()
+        self._when_closed = self._check(backend.resolve(_unknown("the backend is closed")))
+        self._locate()
+        self._before = self._generation = self._stamp()
+        if covered is None:
+            covered = 0 if _is_readable(sock) else self._generation
+        self._covered = covered
+
+    def before(self) -> None:
+        """Note which stamp is in place, before receiving."""
+        self._before = self._stamp()
+
+    def after(self, *, emptied: bool) -> None:
+        """Take in what the backend knows by now. ``emptied``: the receive queue was seen empty."""
+        try:
+            self._backend.drain()
+            epoch = self._backend.epoch
+        except BackendError:
+            epoch = -1
+        self._generation = self._stamp()
+        self._gap = self._generation not in (0, self._covered)
+        state = epoch, self._generation, self._gap
+        if state != self._state:
+            self._state = state
+            self._verdicts.clear()
+        if emptied:
+            self._covered = self._before
+        if not self._port:
+            self._locate()
+
+    def judge(self, addr: Any, ancillary: Sequence[ControlMessage], flags: int) -> Verdict:
+        """Return the verdict on one datagram, described as ``recvmsg`` does."""
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            return self._verdict(self._evidence(addr, ancillary, "truncated"))
+        key = (addr, *ancillary)
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            verdict = self._verdict(self._evidence(addr, ancillary))
+            if len(self._verdicts) >= CACHE_LIMIT:
+                self._verdicts.clear()
+            if verdict is not self._when_closed:
+                self._verdicts[key] = verdict
+        return verdict
+
+    def token_of(self, addr: Any) -> PToken:
+        """Return the token of what a connected peer sends at this moment: POLICY at most."""
+        if self._sock.family not in _IP_FAMILIES:
+            return self._verdict(_unknown(self._doubt)).token
+        peer = pack_address(addr[0])
+        evidence = Evidence(IPPROTO_UDP, self._local, self._port, peer, addr[1], doubt=self._doubt)
+        return self._verdict(evidence).token
+
+    def _unfitness(self) -> str:
+        """Why evidence of this socket can never mean anything; nearly always empty."""
+        if self._sock.family not in _IP_FAMILIES:
+            return "not an IP socket"
+        if not runs_udp(self._sock):
+            return "not a UDP socket"
+        try:
+            cookie = self._backend.netns_cookie
+        except BackendError:
+            return ""
+        if cookie is not None and cookie != netns_cookie(self._sock):
+            return "the socket is in another network namespace"
+        return ""
+
+    def _locate(self) -> None:
+        """Note the local address; ask for it with each datagram where the socket has none."""
+        if self._sock.family not in _IP_FAMILIES:
+            return
+        try:
+            host, self._port = self._sock.getsockname()[:2]
+        except OSError:
+            return
+        address = pack_address(host)
+        self._local = b"" if address in _WILDCARDS else address
+        if not self._local:
+            receive_packet_info(self._sock)
+
+    def _stamp(self) -> int:
+        """The generation of the stamp, 0 where there is none or its marks cannot be read."""
+        registration = self._registration
+        if registration is None:
+            return 0
+        generation = registration.generation
+        if generation != self._configured:
+            self._configured = generation
+            sock = self._sock
+            keeps = registration.keeps_fragments
+            self._tells_fragments = keeps and receive_fragment_sizes(sock)
+            self._expects_mark = registration.reads_marks
+            self._readable = self._tells_fragments == keeps and (
+                not self._expects_mark or receive_marks(sock)
+            )
+        return generation if self._readable else 0
+
+    def _evidence(
+        self, addr: Any, ancillary: Sequence[ControlMessage], doubt: str = ""
+    ) -> Evidence:
+        if self._sock.family not in _IP_FAMILIES:
+            return _unknown(self._doubt)
+        told = parse(ancillary)
+        local = self._local or told.local
+        stamp = self._generation
+        doubt = doubt or self._doubt or told.doubt
+        if not doubt:
+            if not local:
+                doubt = "the local address is not known"
+            elif stamp and self._gap:
+                doubt = "it may have arrived before the stamp was in place"
+            elif stamp and self._expects_mark and told.mark is None:
+                doubt = "no mark came with it"
+            elif told.reassembled and self._tells_fragments:
+                doubt = "reassembled from fragments"
+        return Evidence(
+            IPPROTO_UDP,
+            local,
+            self._port,
+            pack_address(addr[0]),
+            addr[1],
+            told.mark,
+            stamp,
+            told.ifindex,
+            doubt,
+        )
+
+    def _verdict(self, evidence: Evidence) -> Verdict:
+        try:
+            token = self._backend.resolve(evidence)
+        except BackendError:
+            return self._when_closed
+        return self._check(token)
+
+    def _check(self, token: PToken) -> Verdict:
+        return Verdict(token, None if self._require is None else self._require.check(token))
+
+
+def _unknown(doubt: str) -> Evidence:
+    return Evidence(IPPROTO_UDP, b"", 0, b"", 0, doubt=doubt)
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
