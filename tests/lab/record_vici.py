@@ -55,7 +55,7 @@ class Connection:
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(os.fspath(path))
-        self.socket.settimeout(30)
+        self.socket.settimeout(60)
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
@@ -324,6 +324,9 @@ def record(a: Host, b: Host) -> None:
     sas("psk child rekeyed and gone")
     do("psk ike rekeyed", "rekey", {"ike": "psk"})
     sas("psk ike rekeyed")
+    # Without it, the first address takes the second one of its subnet away with it.
+    promote = "net.ipv4.conf.all.promote_secondaries=1"
+    run("ip", "netns", "exec", a.name, "sysctl", "-q", "-w", promote)
     run("ip", "-n", a.name, "addr", "add", f"{MOVED}/24", "dev", "eth0")
     run("ip", "-n", a.name, "addr", "del", f"{INITIATOR}/24", "dev", "eth0")
     for host in both:
@@ -357,7 +360,8 @@ def main(root: str, out: str) -> None:
     for each in ("initiator", "responder"):
         run("ip", "netns", "add", each)
         run("ip", "-n", each, "link", "set", "lo", "up")
-    run(*"ip -n initiator link add eth0 type veth peer name eth0 netns responder".split())
+    veth = ["type", "veth", "peer", "name", "eth0", "netns", "responder"]
+    run("ip", "-n", "initiator", "link", "add", "eth0", *veth)
     for each, address in (("initiator", INITIATOR), ("responder", RESPONDER)):
         run("ip", "-n", each, "addr", "add", f"{address}/24", "dev", "eth0")
         run("ip", "-n", each, "link", "set", "eth0", "up")
