@@ -1,4 +1,73 @@
-"""asyncio that knows what IPsec did."""
+"""asyncio that knows what IPsec did for each connection and each datagram.
 
-from .enums import Assurance as Assurance
-from .errors import *  # noqa: F403
+A server that sees how each datagram was protected::
+
+    class Echo(ipsec_aio.DatagramProtocol):
+        def connection_made(self, transport, ptoken):
+            self.transport = transport
+
+        def datagram_received(self, data, addr, ptoken):
+            if ptoken.protected:
+                self.transport.sendto(data, addr)
+
+    async with ipsec_aio.open_backend("xfrm") as backend:
+        transport, protocol = await ipsec_aio.create_datagram_endpoint(
+            Echo, local_addr=("0.0.0.0", 5000), backend=backend
+        )
+
+* :func:`open_backend` says where facts come from: the kernel's tables (``"xfrm"``), or tables
+  declared by the program (``"memory"``, :class:`MemoryBackend`) for development and tests.
+* :func:`create_datagram_endpoint`, :func:`create_server`, :func:`create_connection`,
+  :func:`start_server` and :func:`open_connection` are asyncio's, with ``backend=`` and
+  ``require=``.
+* A :class:`PToken` says what was proved, and :class:`Assurance` how well; :class:`Require` refuses
+  what is not protected enough.
+* :func:`current_ptoken` and :func:`get_ptoken` find the token from anywhere.
+"""
+
+from __future__ import annotations
+
+from .backends import open_backend, set_default_backend
+from .backends.memory import MemoryBackend
+from .enums import Assurance
+from .errors import (
+    BackendDenied,
+    BackendError,
+    BackendOverrun,
+    BackendUnavailable,
+    CodecError,
+    IPsecError,
+    ProtectionError,
+    StaleTokenError,
+    TokenError,
+)
+from .net.context import current_ptoken
+from .net.endpoints import create_datagram_endpoint
+from .net.protocols import BufferedProtocol, DatagramProtocol, Protocol
+from .net.tokens_of import get_ptoken
+from .require import Require
+from .tokens import PToken
+
+__all__ = [
+    "Assurance",
+    "BackendDenied",
+    "BackendError",
+    "BackendOverrun",
+    "BackendUnavailable",
+    "BufferedProtocol",
+    "CodecError",
+    "DatagramProtocol",
+    "IPsecError",
+    "MemoryBackend",
+    "PToken",
+    "ProtectionError",
+    "Protocol",
+    "Require",
+    "StaleTokenError",
+    "TokenError",
+    "create_datagram_endpoint",
+    "current_ptoken",
+    "get_ptoken",
+    "open_backend",
+    "set_default_backend",
+]

@@ -225,16 +225,8 @@ def _check_addresses(local: Any, remote: Any, family: int) -> None:
         if family == socket.AF_UNIX:
             if not isinstance(address, str):
                 raise TypeError("string is expected")
-        elif not _is_pair(address):
+        elif not isinstance(address, tuple) or len(address) != 2:  # pyright: ignore[reportUnknownArgumentType]
             raise TypeError("2-tuple is expected")
-
-
-def _is_pair(address: object) -> bool:
-    match address:
-        case tuple((_, _)):
-            return True
-        case _:
-            return False
 
 
 async def _candidates(
