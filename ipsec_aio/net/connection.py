@@ -1,0 +1,213 @@
+"""What a stream's token rests on, and when it is replaced.
+
+Rules:
+
+* An accepted connection that rests on the stamp was judged once, by the facts at its accept. SAs
+  that are rekeyed or deleted later say nothing about its handshake, so nobody asks again: old
+  evidence against new tables could name another peer. What ends it is a change of the stamp,
+  which kept clear segments off: then it is UNKNOWN for good. (A token that waits for its SA
+  settles by itself.)
+* Every other connection is inferred from the SPD, which also judges the segments to come: it is
+  asked again whenever the backend's epoch moves. Its token may get weaker and recover, but never
+  says more than the first one that said anything, since earlier bytes came under that.
+* An outgoing connection carries no stamp: POLICY at most.
+* Addresses come from the socket alone.
+* Tokens that were handed out stay as they are; ``get_extra_info("ptoken")`` and
+  ``current_ptoken()`` give the new one.
+* A backend that is closed under a connection makes it UNKNOWN; nothing raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod, WeakSet, WeakValueDictionary
+
+from ipsec_aio.enums import Assurance
+from ipsec_aio.errors import BackendError
+from ipsec_aio.evidence import IPPROTO_TCP, Evidence
+from ipsec_aio.flow import pack_address
+
+from . import registry
+from .context import TokenCell
+from .listening import Listener, run_soon, unfitness
+
+if TYPE_CHECKING:
+    from ipsec_aio.backends.contract import Backend
+    from ipsec_aio.tokens import PToken
+
+__all__ = ["Connection", "Judge"]
+
+_IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_judges: WeakValueDictionary[tuple[int, int], Judge] = WeakValueDictionary()
+
+
+class Connection(TokenCell):
+    """One stream: the cell that its contexts share, with the evidence behind it.
+
+    ``listeners``, by port, are those of the server that accepts it; None for an outgoing one. It
+    keeps its listener's port registered until it is closed or nobody holds it any more.
+    """
+
+    __slots__ = ("_ceiling", "_judge", "_listener", "_listeners", "evidence", "extra")
+
+    def __init__(self, judge: Judge, listeners: Mapping[int, Listener] | None) -> None:
+        super().__init__()
+        self._judge = judge
+        self._listeners = listeners
+        self._listener: Listener | None = None
+        self._ceiling = Assurance.UNKNOWN
+        self.evidence = _nowhere("not connected yet")
+        self.extra: MutableMapping[str, Any] | None = None
+        """A transport's own extra information, where ``"ptoken"`` is looked up."""
+
+    def __del__(self) -> None:
+        self.close()
+
+    def made(self, transport: asyncio.BaseTransport) -> PToken:
+        """Read the evidence of a connection that was made just now, and return its token."""
+        sock: socket.socket | None = transport.get_extra_info("socket")
+        local = transport.get_extra_info("sockname")
+        peer = transport.get_extra_info("peername")
+        judge = self._judge
+        if sock is None or sock.family not in _IP_FAMILIES or not local or not peer:
+            self.evidence = _nowhere("not an IP socket")
+        else:
+            self.evidence = self._read(sock, local, peer)
+        judge.drain()
+        token = self.ptoken = judge.resolve(self.evidence)
+        self._ceiling = token.assurance
+        if not self.evidence.doubt and not self.evidence.generation:
+            judge.inferred.add(self)
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                registry.remember(sock, self)
+        return token
+
+    def _read(self, sock: socket.socket, local: Any, peer: Any) -> Evidence:
+        mark, generation, doubt = None, 0, ""
+        if self._listeners is None:
+            doubt = unfitness(sock, self._judge.backend)
+        elif (listener := self._listeners.get(local[1])) is None:
+            doubt = "no listener of ours has this port"
+        else:
+            mark, generation, doubt = listener.read(sock)
+            self._listener = listener
+            listener.hold()
+            if generation and not doubt:
+                listener.stamped.add(self)
+        return Evidence(
+            IPPROTO_TCP,
+            pack_address(local[0]),
+            local[1],
+            pack_address(peer[0]),
+            peer[1],
+            mark,
+            generation,
+            doubt=doubt,
+        )
+
+    def close(self) -> None:
+        """The connection is gone. Idempotent."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.release()
+
+    def infer(self) -> None:
+        """Ask again, and take no answer that claims more than the first."""
+        token = self._judge.resolve(self.evidence)
+        if self._ceiling is Assurance.UNKNOWN:
+            self._ceiling = token.assurance
+        if token.assurance <= self._ceiling:
+            self._replace(token)
+
+    def discredit(self, reason: str) -> None:
+        """Make it UNKNOWN for good."""
+        e = self.evidence
+        self.evidence = Evidence(
+            e.protocol, e.local, e.local_port, e.peer, e.peer_port, doubt=reason
+        )
+        self._replace(self._judge.resolve(self.evidence))
+
+    def _replace(self, token: PToken) -> None:
+        self.ptoken = token
+        if self.extra is not None:
+            self.extra["ptoken"] = token
+
+
+class Judge:
+    """What the streams of one backend on one loop share: the subscription to its changes."""
+
+    __slots__ = (
+        "__weakref__",
+        "_backend",
+        "_loop",
+        "_unsubscribe",
+        "_when_closed",
+        "inferred",
+        "listeners",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
+        self._unsubscribe: Callable[[], None] = _nothing
+        self._loop = loop
+        self._backend = backend
+        self._when_closed = backend.resolve(_nowhere("the backend is closed"))
+        self.inferred: WeakSet[Connection] = WeakSet()
+        self.listeners: WeakSet[Listener] = WeakSet()
+        changed = WeakMethod(self._changed)
+
+        def call() -> None:
+            method = changed()
+            if method is not None:
+                method()
+
+        self._unsubscribe = backend.subscribe(call)
+
+    def __del__(self) -> None:
+        run_soon(self._loop, self._unsubscribe)
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop, backend: Backend) -> Judge:
+        """Return the one for this loop and backend. Raises BackendUnavailable for a closed one."""
+        # Numbers are safe as keys: an entry keeps its loop and backend alive.
+        judge = _judges.get((id(loop), id(backend)))
+        if judge is None:
+            judge = _judges[id(loop), id(backend)] = cls(loop, backend)
+        return judge
+
+    @property
+    def backend(self) -> Backend:
+        """The backend."""
+        return self._backend
+
+    def drain(self) -> None:
+        """Take in what the backend was told by now; never raises."""
+        with contextlib.suppress(BackendError):
+            self._backend.drain()
+
+    def resolve(self, evidence: Evidence) -> PToken:
+        """Return the token for this evidence; never raises."""
+        try:
+            return self._backend.resolve(evidence)
+        except BackendError:
+            return self._when_closed
+
+    def _changed(self) -> None:
+        for listener in list(self.listeners):
+            for connection in list(listener.stamped):
+                if connection.evidence.generation != listener.generation:
+                    listener.stamped.discard(connection)
+                    connection.discredit("the stamp was lost while the connection stood")
+        for connection in list(self.inferred):
+            connection.infer()
+
+
+def _nothing() -> None: ...
+
+
+def _nowhere(doubt: str) -> Evidence:
+    return Evidence(IPPROTO_TCP, b"", 0, b"", 0, doubt=doubt)

@@ -1,0 +1,191 @@
+"""Transports and protocols that stand in for others, where the loop's own cannot carry a token.
+
+Rules:
+
+* asyncio's socket transports carry the token themselves: nothing stands in, a read and a write
+  cost nothing. TLS transports, and all of uvloop's, get a :class:`ForwardingTransport` in front:
+  ``write`` is the loop's own bound method, what else there is costs a call.
+* A loop picks a transport's context where it likes: asyncio reads on in the context of whoever
+  called ``resume_reading``, a TLS transport hands out the last data in that of whoever called
+  ``close``. Both are run in the connection's own.
+* uvloop runs all connections of a server in one context, so there a protocol stands in that
+  enters the connection's own: 40 ns a read, all in C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import Context
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType, ref
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+__all__ = ["Bond", "ForwardingTransport", "bond_of", "dress", "enter", "undress"]
+
+
+class Bond(NamedTuple):
+    """What a transport has to know: its connection, and the context that callbacks belong in.
+
+    ``shared``: the loop uses one context for several connections.
+    """
+
+    connection: Connection
+    context: Context
+    shared: bool
+
+
+def dress(transport: asyncio.Transport, bond: Bond) -> asyncio.Transport:
+    """Return the transport that the user gets for the loop's: the same where that will do."""
+    own = getattr(transport, "__dict__", None)
+    if own is not None:
+        own["_ipsec_bond"] = bond
+        extra = getattr(transport, "_extra", None)
+        if isinstance(extra, dict):
+            extra["ptoken"] = bond.connection.ptoken
+            bond.connection.extra = extra
+            # No reference to the transport itself: a cycle would keep it from going at once.
+            own["resume_reading"] = partial(_resume, ref(transport), bond.context)
+            return transport
+    return ForwardingTransport(transport, bond)
+
+
+def undress(transport: asyncio.BaseTransport) -> asyncio.BaseTransport:
+    """Return the loop's own transport."""
+    return transport.raw if isinstance(transport, ForwardingTransport) else transport
+
+
+def bond_of(transport: asyncio.BaseTransport) -> Bond | None:
+    """Return what :func:`dress` was given; None for a transport that is not ours."""
+    bond: Bond | None = getattr(transport, "_ipsec_bond", None)
+    return bond
+
+
+def _resume(transport: ReferenceType[asyncio.Transport], context: Context) -> None:
+    target = transport()
+    if target is not None:
+        # A copy can be entered from inside the context itself.
+        context.copy().run(type(target).resume_reading, target)
+
+
+class ForwardingTransport(asyncio.Transport):
+    """A transport in front of the loop's own, which answers for the token.
+
+    What asyncio's transports do not have is looked up in the loop's transport, ``raw``.
+    """
+
+    __slots__ = ("__weakref__", "_ipsec_bond", "raw", "write", "writelines")
+
+    def __init__(self, raw: asyncio.Transport, bond: Bond) -> None:
+        self.raw = raw
+        self._ipsec_bond = bond
+        self.write = raw.write  # type: ignore[method-assign]
+        self.writelines = raw.writelines  # type: ignore[method-assign]
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """As :meth:`asyncio.BaseTransport.get_extra_info`; knows ``"ptoken"`` too."""
+        if name == "ptoken":
+            return self._ipsec_bond.connection.ptoken
+        return self.raw.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.raw.set_protocol(enter(protocol, self._ipsec_bond))
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        protocol = self.raw.get_protocol()
+        return protocol.protocol if isinstance(protocol, _Entering) else protocol
+
+    def is_closing(self) -> bool:
+        return self.raw.is_closing()
+
+    def close(self) -> None:
+        self._ipsec_bond.context.copy().run(self.raw.close)
+
+    def abort(self) -> None:
+        self.raw.abort()
+
+    def is_reading(self) -> bool:
+        return self.raw.is_reading()
+
+    def pause_reading(self) -> None:
+        self.raw.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._ipsec_bond.context.copy().run(self.raw.resume_reading)
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.raw.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_size(self) -> int:
+        return self.raw.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self.raw.get_write_buffer_limits()
+
+    def write_eof(self) -> None:
+        self.raw.write_eof()
+
+    def can_write_eof(self) -> bool:
+        return self.raw.can_write_eof()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def __repr__(self) -> str:
+        return repr(self.raw)
+
+
+class _Entering:
+    """A protocol that runs another in its connection's context."""
+
+    __slots__ = ()
+
+    protocol: Any
+    bond: Bond
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        connection = self.bond.connection
+        connection.close()
+        connection.run(self.protocol.connection_lost, exc)
+
+    def pause_writing(self) -> None:
+        self.bond.connection.run(self.protocol.pause_writing)
+
+    def resume_writing(self) -> None:
+        self.bond.connection.run(self.protocol.resume_writing)
+
+    def eof_received(self) -> bool | None:
+        callback: Callable[[], bool | None] | None = getattr(self.protocol, "eof_received", None)
+        return None if callback is None else self.bond.connection.run(callback)
+
+
+class _EnteringStream(_Entering, asyncio.Protocol):
+    __slots__ = ("bond", "data_received", "protocol")
+
+    def __init__(self, protocol: Any, bond: Bond) -> None:
+        self.protocol = protocol
+        self.bond = bond
+        self.data_received = partial(bond.context.run, protocol.data_received)  # type: ignore[method-assign]
+
+
+class _EnteringBuffered(_Entering, asyncio.BufferedProtocol):
+    __slots__ = ("bond", "buffer_updated", "get_buffer", "protocol")
+
+    def __init__(self, protocol: Any, bond: Bond) -> None:
+        self.protocol = protocol
+        self.bond = bond
+        self.get_buffer = partial(bond.context.run, protocol.get_buffer)  # type: ignore[method-assign]
+        self.buffer_updated = partial(bond.context.run, protocol.buffer_updated)  # type: ignore[method-assign]
+
+
+def enter(protocol: asyncio.BaseProtocol, bond: Bond) -> asyncio.BaseProtocol:
+    """Return what the loop is to call: a stand-in only where the loop shares its contexts."""
+    if not bond.shared:
+        return protocol
+    # uvloop's own rule for how a protocol wants to read.
+    if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):
+        return _EnteringBuffered(protocol, bond)
+    return _EnteringStream(protocol, bond)

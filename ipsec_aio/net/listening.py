@@ -1,0 +1,160 @@
+"""A listening port, and when the mark of a connection that it accepted means anything.
+
+Rules:
+
+* The stamp must have covered the port before the socket listened, and still be of the same
+  generation at accept. After a change, connections are in doubt until none can be left whose SYN
+  came before it (``SETTLE``); then the listener is as good as new.
+* The listener's own SO_MARK must be 0, at each accept: connections inherit it.
+* It must be plain TCP (an MPTCP connection has subflows that nobody stamped), in the backend's
+  network namespace, and decrypted fragments must not reach reassembly.
+* What is not met goes into the evidence's ``doubt``, by name.
+* The port stays registered as long as the server listens or a connection of its lives: the
+  stamp's table also keeps clear segments off those connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from ipsec_aio.errors import BackendError
+from ipsec_aio.kernel.sockopts import is_listening, netns_cookie, protocol_of, read_mark
+
+if TYPE_CHECKING:
+    from ipsec_aio.backends.contract import Backend, Registration
+
+    from .connection import Connection
+
+__all__ = ["SETTLE", "Listener", "run_soon", "unfitness"]
+
+SETTLE = 64.0
+"""Seconds that a connection can take from SYN to accept: 2^(tcp_synack_retries + 1) - 1 with the
+kernel's 5 retries (ip-sysctl)."""
+
+
+def unfitness(sock: socket.socket, backend: Backend) -> str:
+    """Say why nothing can be concluded about connections of this socket; mostly empty."""
+    try:
+        if protocol_of(sock) != socket.IPPROTO_TCP:
+            return "not a plain TCP socket"
+        cookie = backend.netns_cookie
+        if cookie is not None and cookie != netns_cookie(sock):
+            return "the socket is in another network namespace"
+    except BackendError:
+        return "the backend is closed"
+    except OSError as error:
+        return f"the socket cannot be examined: {error}"
+    return ""
+
+
+def run_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    """Call back on the loop; at once where it is closed. For destructors, which run anywhere."""
+    try:
+        loop.call_soon_threadsafe(callback)
+    except RuntimeError:
+        callback()
+
+
+class Listener:
+    """One port of one server. To be made after bind and registration, before listen."""
+
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_early",
+        "_generation",
+        "_holds",
+        "_loop",
+        "_marked",
+        "_registration",
+        "_since",
+        "_sockets",
+        "_unfit",
+        "stamped",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        backend: Backend,
+        registration: Registration,
+        sockets: Sequence[socket.socket],
+    ) -> None:
+        self._loop = loop
+        self._registration = registration
+        self._sockets = sockets
+        self._unfit = next(filter(None, (unfitness(sock, backend) for sock in sockets)), "")
+        self._early = any(is_listening(sock) for sock in sockets)
+        self._generation = registration.generation
+        self._since: float | None = None
+        self._holds = 0
+        self._closed = False
+        self._marked = False
+        self.stamped: WeakSet[Connection] = WeakSet()
+        """The connections whose token rests on the stamp."""
+
+    @property
+    def generation(self) -> int:
+        """The stamp's generation at this moment; 0 for none."""
+        return self._registration.generation
+
+    def about_to_listen(self) -> None:
+        """Note the generation that all handshakes will be of."""
+        self._generation = self._registration.generation
+
+    def read(self, sock: socket.socket) -> tuple[int | None, int, str]:
+        """Return mark, generation and doubt for a connection that was accepted just now."""
+        registration = self._registration
+        generation = registration.generation
+        if generation != self._generation:
+            self._generation = generation
+            self._since = self._loop.time()
+        doubt = self._unfit or (self._doubt() if generation else "")
+        if doubt:
+            return None, generation, doubt
+        if not registration.reads_marks or (not generation and self._is_marked()):
+            return None, generation, ""
+        mark = read_mark(sock)
+        if mark is None and generation:
+            doubt = "the mark cannot be read"
+        return mark, generation, doubt
+
+    def hold(self) -> None:
+        """Keep the port registered for one connection more."""
+        self._holds += 1
+
+    def release(self) -> None:
+        """Give back what :meth:`hold` took. Destructors call it, so in any thread."""
+        self._holds -= 1
+        self._close_if_unused()
+
+    def close(self) -> None:
+        """The server is about to close. Idempotent."""
+        if not self._closed:
+            self._marked = self._is_marked()
+            self._closed = True
+            self._sockets = ()
+            self._close_if_unused()
+
+    def _doubt(self) -> str:
+        if self._early:
+            return "the socket was listening before the stamp covered its port"
+        if self._registration.keeps_fragments:
+            return "decrypted fragments are let through"
+        if self._since is not None and self._loop.time() - self._since < SETTLE:
+            return "the stamp changed, and the connection may be from before"
+        if self._is_marked():
+            return "the listening socket has a mark of its own"
+        return ""
+
+    def _is_marked(self) -> bool:
+        # A closed server accepts no more: what its sockets were at the end stands.
+        return self._marked or any(read_mark(sock) != 0 for sock in self._sockets)
+
+    def _close_if_unused(self) -> None:
+        if self._closed and not self._holds:
+            run_soon(self._loop, self._registration.close)
