@@ -188,6 +188,11 @@ def _open_socket() -> socket.socket:
         ) from None
 
 
+def _from_kernel(sock: socket.socket) -> bytes:
+    data, sender = sock.recvfrom(_RECEIVE)
+    return data if sender[0] == 0 else b""
+
+
 class NftSocket:
     """Requests and transactions. Its ``portid`` is what a table's owner is known by."""
 
@@ -220,6 +225,13 @@ class NftSocket:
 
     def commit(self, requests: Sequence[Request]) -> None:
         """Carry out all requests, or none and raise NftError."""
+        self._transact(requests, finish=True)
+
+    def rehearse(self, requests: Sequence[Request]) -> None:
+        """Have all requests checked and none carried out. Raises NftError as :meth:`commit`."""
+        self._transact(requests, finish=False)
+
+    def _transact(self, requests: Sequence[Request], finish: bool) -> None:
         first = self._sequence + 1
         frames = [_frame(_BATCH_BEGIN, 0, first, 0, _SUBSYS, b"")]
         for place, request in enumerate(requests, first + 1):
@@ -227,7 +239,9 @@ class NftSocket:
             body = encode(request.attributes)
             frames.append(_frame(kind, request.flags | _ACK, place, request.family, 0, body))
         self._sequence = first + len(requests) + 1
-        frames.append(_frame(_BATCH_END, 0, self._sequence, 0, _SUBSYS, b""))
+        # The kernel takes everything back where the end is missing.
+        if finish:
+            frames.append(_frame(_BATCH_END, 0, self._sequence, 0, _SUBSYS, b""))
         self._socket.send(b"".join(frames))
         failure: NftError | None = None
         while (data := self._receive()) is not None:
@@ -240,7 +254,7 @@ class NftSocket:
 
     def _receive(self) -> bytes | None:
         try:
-            return self._socket.recv(_RECEIVE)
+            return _from_kernel(self._socket)
         except BlockingIOError:
             return None
 
@@ -301,7 +315,7 @@ class EventSocket:
         complete = True
         while True:
             try:
-                data = self._socket.recv(_RECEIVE)
+                data = _from_kernel(self._socket)
             except BlockingIOError:
                 return found if complete else None
             except OSError as error:

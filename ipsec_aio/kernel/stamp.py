@@ -18,7 +18,6 @@ import errno
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, TypeAlias
 
@@ -28,6 +27,7 @@ from . import nfnetlink as nft
 from . import stamp_table
 from .nfnetlink import EventSocket, Message, NftSocket
 from .stamp_foreign import LateTable, is_late, own_table
+from .stamp_marks import MarkUsers
 from .stamp_sysctl import FwmarkAccept
 from .stamp_table import PROTOCOLS, Port, TableState
 
@@ -43,31 +43,6 @@ class _Change(IntEnum):
     NOTHING = 0
     LOOK = 1
     LOST = 2
-
-
-@dataclass(frozen=True, slots=True)
-class MarkUsers:
-    """Inbound IPsec that relies on marks of its own, each described for an operator.
-
-    ``policies``: inbound policies with a mark; ``states``: SAs with a mark; ``set_marks``: inbound
-    SAs that set one. With any of them the stamp must stay away: a policy that is matched by mark
-    would let clear packets through once the stamp rewrote it.
-    """
-
-    policies: tuple[str, ...] = ()
-    states: tuple[str, ...] = ()
-    set_marks: tuple[str, ...] = ()
-
-    @property
-    def problem(self) -> str:
-        """Why the stamp must stay away; empty where nobody uses marks."""
-        parts = (
-            ("inbound policies are matched by mark", self.policies),
-            ("SAs are matched by mark", self.states),
-            ("inbound SAs set a mark", self.set_marks),
-        )
-        found = [f"{what}: {', '.join(who)}" for what, who in parts if who]
-        return f"marks belong to someone else here: {'; '.join(found)}" if found else ""
 
 
 class Coverage:
@@ -321,7 +296,7 @@ class KernelStamp(Stamp):
         except BackendError as error:
             self._state = TableState()
             self._refusal = error
-            self._problem = error.strerror
+            self._problem = error.strerror or str(error)
             return
         self._problem = self._marks_problem or self._state.problem
         self._added &= self._state.ports
@@ -405,7 +380,7 @@ async def open_stamp(
         stamp = KernelStamp(mode, marks, on_change)
     except BackendUnavailable as error:
         if mode == "use":
-            return Stamp(error.strerror)
+            return Stamp(error.strerror or str(error))
         raise
     try:
         stamp.start(asyncio.get_running_loop())

@@ -22,7 +22,7 @@ class FwmarkAccept:
     """The sysctl of the calling thread's network namespace. Where there is none it is off."""
 
     def __init__(self, path: str = PATH) -> None:
-        self._former: bytes | None = None
+        self._mine = False
         self._fd = -1
         self.writable = False
         for access in (os.O_RDWR, os.O_RDONLY):
@@ -52,18 +52,19 @@ class FwmarkAccept:
             os.pwrite(self._fd, b"1\n", 0)
         except OSError as error:
             raise BackendError(error.errno, f"cannot set {_NAME}: {error.strerror}") from None
-        self._former = b"0"
+        self._mine = True
 
     def restore(self) -> bool:
-        """Give it back the value from before :meth:`enable`; False where we changed nothing."""
-        former, self._former = self._former, None
-        if former is None or self._read() != b"1":
-            return False
-        try:
-            os.pwrite(self._fd, former + b"\n", 0)
-        except OSError:
-            return False
-        return True
+        """Turn it off where :meth:`enable` turned it on; False where there was nothing to do."""
+        mine, self._mine = self._mine, False
+        return mine and self._read() == b"1" and self.disable()
+
+    def disable(self) -> bool:
+        """Turn it off; False where that is not allowed."""
+        with suppress(OSError):
+            os.pwrite(self._fd, b"0\n", 0)
+            return True
+        return False
 
     def close(self) -> None:
         """Close the descriptor. Idempotent; changes nothing."""

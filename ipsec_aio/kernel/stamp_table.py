@@ -35,6 +35,7 @@ __all__ = [
     "read",
     "remove",
     "remove_ports",
+    "try_out",
 ]
 
 PROTOCOLS = {"tcp": 6, "udp": 17}
@@ -97,6 +98,7 @@ class TableState:
     faults: tuple[str, ...] = ()
     late_writers: tuple[str, ...] = ()
     late: frozenset[LateTable] = frozenset()
+    comment: str = ""
 
     @property
     def problem(self) -> str:
@@ -165,6 +167,7 @@ def _read(netlink: NftSocket) -> TableState:
         faults=tuple(faults),
         late_writers=found,
         late=late,
+        comment=nft.unpack_text(table.attributes.get(6, b"")[2:]),
     )
 
 
@@ -242,26 +245,52 @@ def install(
     owned: bool,
     keep_fragments: bool = False,
     replace: bool = False,
+    comment: str = "",
 ) -> None:
     """Put the table in place, in one transaction.
 
     ``owned``: it goes with ``netlink``, and nobody else can change or flush it (Linux 5.12).
-    ``replace``: take away one that is there. Raises BackendDenied without privilege or where the
-    table is another process's, BackendUnavailable where the kernel lacks a part, BackendError
-    otherwise.
+    ``replace``: take away one that is there. ``comment`` is kept in the table.
+
+    Raises BackendDenied without privilege or where the table is another process's,
+    BackendUnavailable where the kernel lacks a part, BackendError otherwise.
     """
-    chains = (INPUT,) if keep_fragments else (INPUT, FRAGMENTS)
     requests = [Request(nft.DELTABLE, ((1, text(TABLE)),))] if replace else []
-    flags = _OWNER if owned else 0
-    requests += [
-        Request(nft.NEWTABLE, ((1, text(TABLE)), (2, be32(flags))), nft.CREATE | nft.EXCL),
+    requests += _whole(ports, owned, keep_fragments, comment)
+    _commit(netlink, requests, "install the stamp")
+
+
+def try_out(netlink: NftSocket, *, owned: bool) -> str:
+    """Have the kernel check the whole table and forget it; return what it lacks, or ``""``.
+
+    For where no stamp is installed. Raises BackendDenied without privilege.
+    """
+    requests = _whole((), owned, False, "")
+    try:
+        netlink.rehearse(requests)
+    except NftError as error:
+        explained = _explain(netlink, error, requests, "install the stamp")
+        if isinstance(explained, BackendDenied):
+            raise explained from None
+        return explained.strerror or str(explained)
+    return ""
+
+
+def _whole(ports: Iterable[Port], owned: bool, keep_fragments: bool, comment: str) -> list[Request]:
+    table: Attributes = ((1, text(TABLE)), (2, be32(_OWNER if owned else 0)))
+    if comment:
+        # nftables keeps comments as user data of type 0, with their length.
+        value = text(comment)
+        table += ((6, bytes((0, len(value))) + value),)
+    requests = [
+        Request(nft.NEWTABLE, table, nft.CREATE | nft.EXCL),
         Request(nft.NEWSET, _SET, nft.CREATE | nft.EXCL),
         *_elements(nft.NEWSETELEM, ports),
     ]
-    for chain in chains:
+    for chain in (INPUT,) if keep_fragments else (INPUT, FRAGMENTS):
         requests.append(Request(nft.NEWCHAIN, _chain(chain), nft.CREATE | nft.EXCL))
         requests += [_rule(chain, rule) for rule in chain.rules]
-    _commit(netlink, requests, "install the stamp")
+    return requests
 
 
 _SET: Attributes = (

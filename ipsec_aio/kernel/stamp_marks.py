@@ -1,0 +1,103 @@
+"""Inbound IPsec that relies on marks of its own: where there is any, the stamp must stay away.
+
+A policy that is matched by mark is looked up again after input. Once the stamp had rewritten that
+mark, a require-ESP policy would let clear packets through, and a marked SA would not be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ipsec_aio.enums import Direction
+from ipsec_aio.events import Event, PolicyAdded, SAAdded
+from ipsec_aio.policy import Policy
+from ipsec_aio.sa import SA
+from ipsec_aio.wire import netlink as wire
+from ipsec_aio.wire import xfrm
+
+from .netlink import NetlinkSocket, Take, dump, explained, open_xfrm
+
+__all__ = ["MarkUsers", "mark_users", "read_mark_users"]
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class MarkUsers:
+    """Who uses marks, each described for an operator.
+
+    ``policies``: inbound policies with a mark; ``states``: SAs with a mark; ``set_marks``: SAs that
+    set one on what they decrypt.
+    """
+
+    policies: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
+    set_marks: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> str:
+        """Why the stamp must stay away; empty where nobody uses marks."""
+        parts = (
+            ("inbound policies with a mark", self.policies),
+            ("SAs with a mark", self.states),
+            ("SAs that set a mark", self.set_marks),
+        )
+        found = [f"{what}: {_listed(who)}" for what, who in parts if who]
+        return f"marks belong to someone else here ({'; '.join(found)})" if found else ""
+
+
+def _listed(who: tuple[str, ...]) -> str:
+    more = f" and {len(who) - _SHOWN} more" if len(who) > _SHOWN else ""
+    return ", ".join(who[:_SHOWN]) + more
+
+
+def mark_users(sas: Iterable[SA], policies: Iterable[Policy]) -> MarkUsers:
+    """Find who uses marks inbound. An SA that is not known to be outbound counts as inbound."""
+    inbound = [sa for sa in sas if sa.direction is not Direction.OUT]
+    return MarkUsers(
+        policies=tuple(
+            f"{policy.selector} mark {policy.mark.value:#x}/{policy.mark.mask:#x}"
+            for policy in policies
+            if policy.direction is Direction.IN and policy.mark.mask
+        ),
+        states=tuple(
+            f"spi {sa.spi:#010x} mark {sa.mark.value:#x}/{sa.mark.mask:#x}"
+            for sa in inbound
+            if sa.mark.mask
+        ),
+        set_marks=tuple(
+            f"spi {sa.spi:#010x} sets {sa.set_mark.value:#x}/{sa.set_mark.mask:#x}"
+            for sa in inbound
+            if sa.set_mark is not None and sa.set_mark.mask
+        ),
+    )
+
+
+async def read_mark_users() -> MarkUsers:
+    """Ask the kernel, in the namespace of the calling thread.
+
+    Raises BackendDenied without CAP_NET_ADMIN, BackendUnavailable where the kernel has no XFRM,
+    and BackendError with its answer.
+    """
+    events: list[Event] = []
+
+    def take(buffer: memoryview, message: wire.Message) -> None:
+        events.extend(xfrm.decode(buffer, message))
+
+    channel = open_xfrm()
+    try:
+        await _dump_all(channel, take)
+    except OSError as error:
+        raise explained(error) from None
+    finally:
+        channel.close()
+    return mark_users(
+        (event.sa for event in events if isinstance(event, SAAdded)),
+        (event.policy for event in events if isinstance(event, PolicyAdded)),
+    )
+
+
+async def _dump_all(channel: NetlinkSocket, take: Take) -> None:
+    for build in (xfrm.dump_sas, xfrm.dump_policies):
+        await dump(channel, build, take)
