@@ -44,6 +44,8 @@ from .errors import (
 from .net.context import current_ptoken
 from .net.endpoints import create_datagram_endpoint
 from .net.protocols import BufferedProtocol, DatagramProtocol, Protocol
+from .net.readers import open_connection, start_server
+from .net.streams import create_connection, create_server, start_tls
 from .net.tokens_of import get_ptoken
 from .require import Require
 from .tokens import PToken
@@ -65,9 +67,14 @@ __all__ = [
     "Require",
     "StaleTokenError",
     "TokenError",
+    "create_connection",
     "create_datagram_endpoint",
+    "create_server",
     "current_ptoken",
     "get_ptoken",
     "open_backend",
+    "open_connection",
     "set_default_backend",
+    "start_server",
+    "start_tls",
 ]

@@ -197,9 +197,10 @@ class Judge:
             return self._when_closed
 
     def _changed(self) -> None:
+        closed = self.resolve(_nowhere("a trial")) is self._when_closed
         for listener in list(self.listeners):
             for connection in list(listener.stamped):
-                if connection.evidence.generation != listener.generation:
+                if closed or connection.evidence.generation != listener.generation:
                     listener.stamped.discard(connection)
                     connection.discredit("the stamp was lost while the connection stood")
         for connection in list(self.inferred):
