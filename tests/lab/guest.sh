@@ -16,6 +16,9 @@ mount -t tmpfs tmpfs /run/lab/root/tmp
 modules=$(readlink -f /lib/modules/"$(uname -r)")
 mkdir -p "/run/lab/root/lib/modules/$(uname -r)"
 mount --bind "$modules" "/run/lab/root/lib/modules/$(uname -r)"
+# strongSwan looks for its plugins in one place only.
+unpacked=$(dirname "$(readlink -f "$0")")/../../.lab/root/usr/lib/ipsec
+[ -e /run/lab/root/usr/lib/ipsec ] || ln -s "$(readlink -f "$unpacked")" /run/lab/root/usr/lib/ipsec
 hostname lab
 ip link set lo up
 touch /run/lab/run/started

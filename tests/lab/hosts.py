@@ -68,7 +68,7 @@ def enter(namespace: int) -> None:
 def run(*words: str, stdin: str = "") -> str:
     """Run a program in the namespace of the moment; returns its output. Its errors are ours."""
     environment = dict(os.environ)
-    if words[0] in ("nft", "swanctl"):  # unpacked, and so are the libraries that they need
+    if {"nft", "swanctl"} & {*words[:3]}:  # unpacked, and so are the libraries that they need
         environment["LD_LIBRARY_PATH"] = os.environ.get("LAB_LIBRARIES", "")
     done = subprocess.run(
         words, input=stdin, capture_output=True, text=True, env=environment, check=False

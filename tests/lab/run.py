@@ -100,9 +100,11 @@ def run_native(run: Path, limit: float) -> int:
         "--propagation",
         "private",
     ]
-    inside = "mount -t tmpfs tmpfs /run && ip link set lo up && exec sh " + shlex.quote(
-        str(run / "command")
-    )
+    words_inside = ["mount -t tmpfs tmpfs /run", "ip link set lo up"]
+    if not Path("/usr/lib/ipsec").exists():  # strongSwan looks for its plugins there only
+        lower = f"lowerdir={UNPACKED / 'usr/lib'}:/usr/lib"
+        words_inside.append(f"mount -t overlay -o {shlex.quote(lower)} lab /usr/lib")
+    inside = " && ".join([*words_inside, "exec sh " + shlex.quote(str(run / "command"))])
     # The run's files are under the project, so the fresh /run hides nothing that is needed.
     child = subprocess.Popen([*words, "sh", "-c", inside], stdin=subprocess.DEVNULL)
     try:
