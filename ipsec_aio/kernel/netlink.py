@@ -3,8 +3,8 @@
 Rules:
 
 * NETLINK_XFRM sends keys. They are received into a buffer of ours, decoded in place and
-  overwritten before anyone else runs, also when decoding fails. (pyroute2's sockets queue what
-  they received, and cannot run on uvloop: they carry other families, never this one.)
+  overwritten before anyone else runs, also when decoding fails. pyroute2's sockets keep
+  what they received as bytes in a queue, and do not run on uvloop, so they cannot carry it.
 * Requests and events have separate sockets: an event carries the sequence number of whoever
   caused it, so only the socket tells it from a reply.
 * A socket belongs to the network namespace that its creator was in. Only what the kernel itself
@@ -18,7 +18,8 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 
 from ..enums import PolicyAction
 from ..errors import BackendDenied, BackendError, BackendOverrun, BackendUnavailable
@@ -28,7 +29,15 @@ from ..wire import netlink as wire
 from ..wire import xfrm
 from .sockopts import SO_RCVBUFFORCE
 
-__all__ = ["NetlinkSocket", "SocketFactory", "XfrmRequests", "dump", "open_xfrm"]
+__all__ = [
+    "NetlinkSocket",
+    "SocketFactory",
+    "Take",
+    "XfrmDumps",
+    "XfrmEvents",
+    "XfrmRequests",
+    "dump",
+]
 
 SocketFactory = Callable[[int, int, int], socket.socket]
 """``socket.socket``, or a stand-in: called with address family, type and protocol."""
@@ -37,9 +46,9 @@ _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
 _BUFFER_SIZE = 1 << 16
 _EVENT_QUEUE = 8 << 20
-_DUMP_TRIES = 8
 
-_Take = Callable[[memoryview, wire.Message], None]
+Take = Callable[[memoryview, wire.Message], None]
+"""Called with the receive buffer and each message in it; must not keep the buffer."""
 
 
 class NetlinkSocket:
@@ -83,7 +92,7 @@ class NetlinkSocket:
         """Send one request to the kernel, which handles it before this returns."""
         self._socket.send(message)
 
-    def receive(self, take: _Take) -> bool:
+    def receive(self, take: Take) -> bool:
         """Receive one datagram and call ``take(buffer, message)`` for each message in it.
 
         The buffer is overwritten afterwards, whatever happens. Returns False where nothing was
@@ -124,126 +133,153 @@ class NetlinkSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
-def open_xfrm(*, events: bool = False, factory: SocketFactory = socket.socket) -> NetlinkSocket:
-    """Open a NETLINK_XFRM socket, for events or for requests, in the thread's namespace.
-
-    Raises BackendUnavailable where the kernel has no XFRM, BackendDenied without CAP_NET_ADMIN.
-    """
-    try:
-        return NetlinkSocket(
-            xfrm.NETLINK_XFRM,
-            xfrm.GROUPS if events else (),
-            queue_bytes=_EVENT_QUEUE if events else 0,
-            factory=factory,
-        )
-    except OSError as error:
-        raise explained(error) from error
-
-
-def explained(error: OSError) -> OSError:
-    """Return the error that tells a user what is missing and how to get it."""
-    if isinstance(error, BackendError):
-        return error
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return BackendDenied(
-            errno.EPERM,
-            "reading the kernel's IPsec tables needs CAP_NET_ADMIN in the user namespace that owns "
-            "this network namespace: run as root, under systemd with "
-            "AmbientCapabilities=CAP_NET_ADMIN, or with `setcap cap_net_admin+ep` on the "
-            "interpreter",
-        )
-    if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOENT, errno.EPROTOTYPE):
-        return BackendUnavailable(
-            error.errno,
-            "this kernel has no NETLINK_XFRM (CONFIG_XFRM_USER; try `modprobe xfrm_user`)",
-        )
-    return BackendUnavailable(error.errno, f"NETLINK_XFRM: {os.strerror(error.errno or 0)}")
-
-
-async def dump(
-    channel: NetlinkSocket, build: Callable[[int], bytes], take: _Take, restart: Callable[[], None]
-) -> None:
+async def dump(channel: NetlinkSocket, build: Callable[[int], bytes], take: Take) -> bool:
     """Read a whole table, one datagram per turn of the loop.
 
-    ``build(sequence)`` makes the request and ``take(buffer, message)`` gets each record.
-    ``restart()`` is called where the kernel says that the table changed under the dump and all
-    records will come again. Raises BackendOverrun where it cannot be completed, CodecError, and
-    OSError with the kernel's answer.
+    ``build(sequence)`` makes the request and ``take(buffer, message)`` gets each record. Returns
+    False where the kernel says that the table changed under it: what was taken is not whole.
+    Raises BackendOverrun where it stops before its end, CodecError, and OSError with the kernel's
+    answer.
     """
-    for _ in range(_DUMP_TRIES):
-        reader = _DumpReader(channel.next_sequence(), take)
-        channel.send(build(reader.sequence))
-        while not reader.done:
-            if not channel.receive(reader):
-                raise BackendOverrun(errno.EAGAIN, "a netlink dump stopped before its end")
-            await asyncio.sleep(0)
-        if not reader.interrupted:
-            return
-        restart()
-    raise BackendOverrun(errno.EINTR, "the IPsec tables change faster than they can be read")
+    reader = _DumpReader(channel.next_sequence(), take)
+    channel.send(build(reader.sequence))
+    while not reader.done:
+        if not channel.receive(reader):
+            raise BackendOverrun(errno.EAGAIN, "a netlink dump stopped before its end")
+        await asyncio.sleep(0)
+    return not reader.interrupted
 
 
 class _DumpReader:
-    def __init__(self, sequence: int, take: _Take) -> None:
+    def __init__(self, sequence: int, take: Take) -> None:
         self.sequence = sequence
         self.done = False
         self.interrupted = False
         self._take = take
 
     def __call__(self, buffer: memoryview, message: wire.Message) -> None:
-        if message.sequence != self.sequence:
+        if message.sequence != self.sequence or self.done:
             return
         self.interrupted |= message.interrupted
         if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
             self.done = True
-            code = wire.error_number(buffer, message)
-            if code == errno.EINTR:
-                self.interrupted = True
-            elif code:
+            if code := wire.error_number(buffer, message):
                 raise OSError(code, os.strerror(code))
         else:
             self._take(buffer, message)
 
 
-class XfrmRequests:
-    """Look-ups that the kernel answers at once."""
+class _XfrmSocket:
+    """A NETLINK_XFRM socket in the calling thread's namespace.
 
-    def __init__(self, *, factory: SocketFactory = socket.socket) -> None:
-        self._channel = open_xfrm(factory=factory)
+    Raises BackendUnavailable where the kernel has no XFRM, BackendDenied without CAP_NET_ADMIN;
+    so do all methods, with BackendOverrun where something was lost and CodecError.
+    """
 
-    def sa(self, key: SAKey) -> SA | None:
-        """Return the SA of this key, whatever its ``if_id``; None where the kernel has none.
+    def __init__(
+        self,
+        groups: Iterable[int] = (),
+        *,
+        queue_bytes: int = 0,
+        factory: SocketFactory = socket.socket,
+    ) -> None:
+        with _explained():
+            self._channel = NetlinkSocket(
+                xfrm.NETLINK_XFRM, groups, queue_bytes=queue_bytes, factory=factory
+            )
 
-        Raises CodecError, and BackendError with the kernel's answer.
-        """
-        try:
-            events = self._ask(lambda sequence: xfrm.get_sa(key, sequence))
-        except ProcessLookupError:
-            return None
-        for event in events:
-            if isinstance(event, SAAdded):
-                return event.sa
-        return None
-
-    def defaults(self) -> DefaultActions:
-        """Return what happens to traffic without a policy; kernels before 5.15 allow it.
-
-        Raises CodecError, and BackendError with the kernel's answer.
-        """
-        try:
-            events = self._ask(xfrm.get_default)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            events = []
-        for event in events:
-            if isinstance(event, DefaultActions):
-                return event
-        return DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
+    def fileno(self) -> int:
+        """Return the descriptor, -1 once closed."""
+        return self._channel.fileno()
 
     def close(self) -> None:
         """Close the socket. Idempotent."""
         self._channel.close()
+
+
+class XfrmEvents(_XfrmSocket):
+    """What happens to SAs and policies from now on; a loop may watch it for reading.
+
+    ``take(event)`` is called from :meth:`drain`.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[Event], None],
+        *,
+        queue_bytes: int = _EVENT_QUEUE,
+        factory: SocketFactory = socket.socket,
+    ) -> None:
+        super().__init__(xfrm.GROUPS, queue_bytes=queue_bytes, factory=factory)
+        self._take = take
+
+    def drain(self) -> None:
+        """Tell all events that are waiting. What ``take`` raises is passed on."""
+        receive, take = self._channel.receive, self._take_message
+        try:
+            while receive(take):
+                pass
+        except BackendError:
+            raise
+        except OSError as error:
+            raise _explain(error) from error
+
+    def _take_message(self, buffer: memoryview, message: wire.Message) -> None:
+        if message.kind == wire.NLMSG_OVERRUN:
+            raise BackendOverrun(errno.ENOBUFS, "the kernel reports lost events")
+        if message.kind >= xfrm.FIRST_TYPE:
+            for event in xfrm.decode(buffer, message):
+                self._take(event)
+
+
+class XfrmDumps(_XfrmSocket):
+    """Whole tables."""
+
+    def __init__(self, *, factory: SocketFactory = socket.socket) -> None:
+        super().__init__(factory=factory)
+
+    async def read(self, build: Callable[[int], bytes], take: Callable[[Event], None]) -> None:
+        """Call ``take(event)`` for each record of the table that ``build(sequence)`` asks for."""
+
+        def take_message(buffer: memoryview, message: wire.Message) -> None:
+            for event in xfrm.decode(buffer, message):
+                take(event)
+
+        with _explained():
+            if not await dump(self._channel, build, take_message):
+                raise BackendOverrun(errno.EINTR, "the IPsec tables changed while they were read")
+
+
+class XfrmRequests(_XfrmSocket):
+    """Look-ups that the kernel answers at once."""
+
+    def __init__(self, *, factory: SocketFactory = socket.socket) -> None:
+        super().__init__(factory=factory)
+
+    def sa(self, key: SAKey) -> SA | None:
+        """Return the SA of this key, whatever its ``if_id``; None where the kernel has none.
+
+        Raises ValueError for a key whose destination is no address.
+        """
+        with _explained(), suppress(ProcessLookupError):
+            for event in self._ask(lambda sequence: xfrm.get_sa(key, sequence)):
+                if isinstance(event, SAAdded):
+                    return event.sa
+        return None
+
+    def defaults(self) -> DefaultActions:
+        """Return what happens to traffic without a policy; kernels before 5.15 allow it."""
+        with _explained():
+            try:
+                answer = self._ask(xfrm.get_default)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+            else:
+                for event in answer:
+                    if isinstance(event, DefaultActions):
+                        return event
+        return DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
 
     def _ask(self, build: Callable[[int], bytes]) -> list[Event]:
         events: list[Event] = []
@@ -259,7 +295,34 @@ class XfrmRequests:
                 events.extend(xfrm.decode(buffer, message))
 
         self._channel.send(build(sequence))
-        while self._channel.receive(take):
-            if events:
-                break
+        while not events and self._channel.receive(take):
+            pass
         return events
+
+
+@contextmanager
+def _explained() -> Generator[None]:
+    """Turn the kernel's refusals into errors that say what is missing and how to get it."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except OSError as error:
+        raise _explain(error) from error
+
+
+def _explain(error: OSError) -> BackendError:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return BackendDenied(
+            errno.EPERM,
+            "reading the kernel's IPsec tables needs CAP_NET_ADMIN in the user namespace that owns "
+            "this network namespace: run as root, under systemd with "
+            "AmbientCapabilities=CAP_NET_ADMIN, or with `setcap cap_net_admin+ep` on the "
+            "interpreter",
+        )
+    if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOENT):
+        return BackendUnavailable(
+            error.errno,
+            "this kernel has no NETLINK_XFRM (CONFIG_XFRM_USER; try `modprobe xfrm_user`)",
+        )
+    return BackendUnavailable(error.errno, f"NETLINK_XFRM: {error.strerror}")

@@ -13,10 +13,9 @@ from ipsec_aio.enums import Direction
 from ipsec_aio.events import Event, PolicyAdded, SAAdded
 from ipsec_aio.policy import Policy
 from ipsec_aio.sa import SA
-from ipsec_aio.wire import netlink as wire
 from ipsec_aio.wire import xfrm
 
-from .netlink import NetlinkSocket, Take, dump, explained, open_xfrm
+from .netlink import XfrmDumps
 
 __all__ = ["MarkUsers", "mark_users", "read_mark_users"]
 
@@ -81,23 +80,13 @@ async def read_mark_users() -> MarkUsers:
     and BackendError with its answer.
     """
     events: list[Event] = []
-
-    def take(buffer: memoryview, message: wire.Message) -> None:
-        events.extend(xfrm.decode(buffer, message))
-
-    channel = open_xfrm()
+    tables = XfrmDumps()
     try:
-        await _dump_all(channel, take)
-    except OSError as error:
-        raise explained(error) from None
+        for build in (xfrm.dump_sas, xfrm.dump_policies):
+            await tables.read(build, events.append)
     finally:
-        channel.close()
+        tables.close()
     return mark_users(
         (event.sa for event in events if isinstance(event, SAAdded)),
         (event.policy for event in events if isinstance(event, PolicyAdded)),
     )
-
-
-async def _dump_all(channel: NetlinkSocket, take: Take) -> None:
-    for build in (xfrm.dump_sas, xfrm.dump_policies):
-        await dump(channel, build, take)

@@ -42,6 +42,7 @@ from ..sa import SA, Algorithm, Encapsulation, Lifetime, Offload, SAKey, Usage
 from .netlink import NLM_F_DUMP, Buffer, Message, attribute, attributes, request
 
 __all__ = [
+    "FIRST_TYPE",
     "GROUPS",
     "NETLINK_XFRM",
     "decode",
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 NETLINK_XFRM = 6
+FIRST_TYPE = 0x10
+"""Message types below are netlink's own."""
 GROUPS = (2, 3, 4, 7, 8)
 """XFRMNLGRP_EXPIRE, _SA, _POLICY, _MIGRATE and _MAPPING."""
 
