@@ -4,11 +4,11 @@ Rules:
 
 * Time is an argument: monotonic seconds, never going back.
 * ``epoch`` changes whenever an answer that was drawn from the mirror may no longer hold.
-* Removed SAs stay for a while as tombstones, for packets that were queued: an SA is never
-  forgotten at the moment at which its last packets are read.
-* Resync: after :meth:`begin_resync` nothing holds (``synced`` is False); dump records go into
-  new tables by :meth:`load`; live events wait; :meth:`finish_resync` plays them on the new tables
-  and swaps. What lived before and does not live after becomes a tombstone.
+* Removed SAs stay for a while as tombstones, for packets that were queued when they went.
+* Resync: from :meth:`Mirror.begin_resync` on nothing is sure (``synced`` is False, the old tables
+  stay for diagnostics). Dump records go into new tables by :meth:`Mirror.load`, live events wait.
+  :meth:`Mirror.finish_resync` swaps the tables and plays the events on them. What lived before
+  and does not live after becomes a tombstone.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from .events import (
     SAsFlushed,
 )
 from .flow import Flow, Mark
-from .policy import Policy
+from .policy import Policy, Template
 from .sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, SAKey, Usage
+from .sad import SAD, Index, Record
 from .spd import SPD
 
 __all__ = [
@@ -61,81 +62,28 @@ POLICY_AGE = 1.0
 
 _IPSEC_PROTO_ANY = 255
 _IPSEC_PROTOS = (IPPROTO_ESP, IPPROTO_AH, IPPROTO_COMP)
+_ALLOWED = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
 _NO_USAGE = Usage()
-_K = TypeVar("_K")
-
-
-class Record:
-    """An SA in the mirror.
-
-    ``buried`` is the time at which it was removed, None while it lives. ``protection`` is room
-    for what the resolver derives from it.
-    """
-
-    __slots__ = ("added", "buried", "protection", "sa")
-
-    def __init__(self, sa: SA, added: float) -> None:
-        self.sa = sa
-        self.added = added
-        self.buried: float | None = None
-        self.protection: object | None = None
+_T = TypeVar("_T", SA, Template)
 
 
 class _Tables:
     """One generation of SAD and SPD."""
 
-    __slots__ = ("by_pair", "by_spi", "defaults", "marked", "records", "set_marks", "spd")
+    __slots__ = ("defaults", "sad", "spd")
 
     def __init__(self) -> None:
-        self.records: dict[SAKey, Record] = {}
-        self.by_spi: dict[int, dict[SAKey, Record]] = {}
-        self.by_pair: dict[tuple[bytes, bytes], dict[SAKey, Record]] = {}
-        self.marked = 0
-        self.set_marks: dict[Mark, int] = {}
+        self.sad = SAD()
         self.spd = SPD()
-        self.defaults = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
-
-    def put(self, record: Record) -> None:
-        sa = record.sa
-        key = sa.key
-        self.records[key] = record
-        self.by_spi.setdefault(sa.spi, {})[key] = record
-        self.by_pair.setdefault((sa.source, sa.destination), {})[key] = record
-        self.marked += _looks_at_mark(sa)
-        if sa.set_mark is not None:
-            self.set_marks[sa.set_mark] = self.set_marks.get(sa.set_mark, 0) + 1
-
-    def pop(self, key: SAKey) -> Record | None:
-        record = self.records.pop(key, None)
-        if record is None:
-            return None
-        sa = record.sa
-        _discard(self.by_spi, sa.spi, key)
-        _discard(self.by_pair, (sa.source, sa.destination), key)
-        self.marked -= _looks_at_mark(sa)
-        if sa.set_mark is not None:
-            self.set_marks[sa.set_mark] -= 1
-            if not self.set_marks[sa.set_mark]:
-                del self.set_marks[sa.set_mark]
-        return record
-
-
-def _looks_at_mark(sa: SA) -> bool:
-    return bool(sa.mark.mask or sa.mark.value) and sa.direction is not Direction.OUT
-
-
-def _discard(index: dict[_K, dict[SAKey, Record]], at: _K, key: SAKey) -> None:
-    group = index[at]
-    del group[key]
-    if not group:
-        del index[at]
+        self.defaults = _ALLOWED
 
 
 class Mirror:
     """SAD and SPD, kept true by events. It starts out of sync.
 
-    ``additions_matter`` is set by whoever drew a conclusion from the absence of an SA: then any
-    addition changes the epoch. It falls back by itself when the epoch changes.
+    ``resyncs`` counts the resyncs that began. ``additions_matter`` is set by whoever drew a
+    conclusion from the absence of an SA: then any addition changes the epoch; it falls back by
+    itself when the epoch changes. With ``always_bump`` every change of an SA changes the epoch.
     """
 
     def __init__(self) -> None:
@@ -147,9 +95,9 @@ class Mirror:
         self._tables = _Tables()
         self._staging: _Tables | None = None
         self._backlog: list[Event] = []
-        # In order of burial, so in order of expiry.
+        # In the order of burial, so in the order of expiry.
         self._tombs: dict[int, Record] = {}
-        self._tombs_by_spi: dict[int, list[Record]] = {}
+        self._graveyard = Index()
         # When policies were added: each such moment matters once more, when they come of age.
         self._young: deque[float] = deque()
         self._awaited: set[int] = set()
@@ -157,9 +105,19 @@ class Mirror:
     # Look-ups
 
     @property
+    def sad(self) -> SAD:
+        """The living SAs, larval ones too."""
+        return self._tables.sad
+
+    @property
     def spd(self) -> SPD:
         """The policies."""
         return self._tables.spd
+
+    @property
+    def graveyard(self) -> Index:
+        """The tombstones."""
+        return self._graveyard
 
     @property
     def defaults(self) -> DefaultActions:
@@ -167,38 +125,20 @@ class Mirror:
         return self._tables.defaults
 
     def __len__(self) -> int:
-        return len(self._tables.records)
+        return len(self._tables.sad)
 
     def sas(self) -> Iterator[SA]:
         """Yield the living SAs, larval ones too."""
-        return (record.sa for record in self._tables.records.values())
+        return (record.sa for record in self._tables.sad)
+
+    def tombstones(self) -> Iterator[SA]:
+        """Yield the removed SAs that are remembered, oldest first."""
+        return (record.sa for record in self._tombs.values())
 
     def get(self, key: SAKey) -> SA | None:
         """Return the living SA with this key."""
-        record = self._tables.records.get(key)
+        record = self._tables.sad.get(key)
         return None if record is None else record.sa
-
-    def living(self, spi: int) -> Iterable[Record]:
-        """Return the living SAs with this number, whatever their protocol."""
-        group = self._tables.by_spi.get(spi)
-        return () if group is None else group.values()
-
-    def buried(self, spi: int) -> Iterable[Record]:
-        """Return the tombstones with this number."""
-        return self._tombs_by_spi.get(spi, ())
-
-    def between(self, source: bytes, destination: bytes) -> Iterable[Record]:
-        """Return the living SAs with these outer addresses, in the order in which they came."""
-        group = self._tables.by_pair.get((source, destination))
-        return () if group is None else group.values()
-
-    def records(self) -> Iterable[Record]:
-        """Return all living SAs."""
-        return self._tables.records.values()
-
-    def tombstones(self) -> Iterable[Record]:
-        """Return all tombstones, oldest first."""
-        return self._tombs.values()
 
     def policy(self, flow: Flow, direction: Direction) -> Policy | None:
         """Return the policy that the kernel applies first to this flow."""
@@ -206,12 +146,12 @@ class Mirror:
 
     def has_marked_inbound(self) -> bool:
         """Whether an inbound policy, or an SA that may be inbound, looks at packets' marks."""
-        return self._tables.marked > 0 or self._tables.spd.marked_inbound
+        return self._tables.sad.marked or self._tables.spd.marked_inbound
 
     @property
     def set_marks(self) -> frozenset[Mark]:
         """The marks that SAs write into packets."""
-        return frozenset(self._tables.set_marks)
+        return self._tables.sad.set_marks
 
     def vouches(self, policy: Policy, now: float) -> bool:
         """Whether a policy is old enough for what is read now to have arrived under it."""
@@ -228,10 +168,7 @@ class Mirror:
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`advance` has something to do, None for never."""
-        deadlines: list[float] = []
-        for record in self._tombs.values():
-            deadlines.append((record.buried or 0.0) + TOMBSTONE_SECONDS)
-            break
+        deadlines = [_forgotten(record) for record in self._oldest()]
         if self._young:
             deadlines.append(self._young[0] + POLICY_AGE)
         return min(deadlines, default=None)
@@ -239,26 +176,22 @@ class Mirror:
     def advance(self, now: float) -> None:
         """Let tombstones expire and policies come of age."""
         changed = False
-        while self._tombs:
-            record = next(iter(self._tombs.values()))
-            if record.buried is None or now - record.buried < TOMBSTONE_SECONDS:
-                break
-            self._forget(record)
+        while any(_forgotten(record) <= now for record in self._oldest()):
+            self._forget_oldest()
             changed = True
-        while self._young and now - self._young[0] >= POLICY_AGE:
+        while self._young and self._young[0] + POLICY_AGE <= now:
             self._young.popleft()
             changed = True
         if changed:
             self.bump()
 
-    # Events
+    def bump(self) -> None:
+        """Change the epoch."""
+        self.epoch += 1
+        self._awaited.clear()
+        self.additions_matter = False
 
-    def apply(self, event: Event, now: float) -> None:
-        """Take in a live event."""
-        if self._staging is not None:
-            self._backlog.append(event)
-            return
-        self._play(event, now)
+    # Resync
 
     def begin_resync(self, now: float) -> None:
         """Start again from a dump: what is known is no longer sure. May be called again."""
@@ -270,47 +203,55 @@ class Mirror:
         self.bump()
 
     def load(self, event: Event, now: float) -> None:
-        """Take in a record of a dump. Raises RuntimeError outside a resync."""
-        if self._staging is None:
+        """Take in a record of a dump. Raises RuntimeError outside a resync, ValueError for an
+        event that no dump contains.
+        """
+        staging = self._staging
+        if staging is None:
             raise RuntimeError("load() outside a resync")
         match event:
             case SAAdded(sa):
-                self._staging.pop(sa.key)
-                self._staging.put(Record(sa, now))
+                staging.sad.pop(sa.key)
+                staging.sad.add(Record(sa, now))
             case PolicyAdded(policy):
-                self._staging.spd.load(policy, now)
+                staging.spd.load(policy, now)
             case DefaultActions():
-                self._staging.defaults = event
+                staging.defaults = event
             case _:
-                raise ValueError(f"no record of a dump: {event!r}")
+                raise ValueError(f"not a record of a dump: {event!r}")
 
     def finish_resync(self, now: float) -> bool:
-        """Swap the new tables in. False: more events waited than fit, and it must begin again."""
+        """Swap the new tables in; False where too many events waited, and it must begin again.
+
+        Policies count as new from here on: nobody knows what was in force meanwhile.
+        """
         staging, backlog = self._staging, self._backlog
         if staging is None:
             raise RuntimeError("finish_resync() outside a resync")
         if len(backlog) > BACKLOG_LIMIT:
             return False
-        old = self._tables
+        old, self._tables = self._tables, staging
         self._staging, self._backlog = None, []
-        self._tables = staging
         staging.spd.restart(now)
         self._young = deque([now] if len(staging.spd) else [])
         for event in backlog:
             self._play(event, now)
-        for key, record in old.records.items():
-            current = self._tables.records.get(key)
-            if current is None or not _same(current.sa, record.sa):
+        for record in old.sad:
+            current = self.get(record.sa.key)
+            if current is None or not _same(current, record.sa):
                 self._bury(record, now)
         self.synced = True
         self.bump()
         return True
 
-    def bump(self) -> None:
-        """Change the epoch."""
-        self.epoch += 1
-        self._awaited.clear()
-        self.additions_matter = False
+    # Events
+
+    def apply(self, event: Event, now: float) -> None:
+        """Take in a live event."""
+        if self._staging is None:
+            self._play(event, now)
+        elif len(self._backlog) <= BACKLOG_LIMIT:
+            self._backlog.append(event)
 
     def _play(self, event: Event, now: float) -> None:
         match event:
@@ -318,15 +259,14 @@ class Mirror:
                 self._add(sa, now)
             case SADeleted(key):
                 self._remove([key], now)
-            case SAExpired(sa, hard):
-                if hard:
-                    self._remove([sa.key], now)
-                elif sa.key in self._tables.records:
+            case SAExpired(sa, True):
+                self._remove([sa.key], now)
+            case SAExpired(sa):
+                if self.get(sa.key) is not None:
                     self._add(sa, now)
             case SAsFlushed(proto):
-                self._remove(
-                    [key for key in self._tables.records if _flushes(proto, key.proto)], now
-                )
+                keys = [sa.key for sa in self.sas() if _flushes(proto, sa.proto)]
+                self._remove(keys, now)
             case SAMapped():
                 self._map(event, now)
             case SAMigrated():
@@ -334,13 +274,13 @@ class Mirror:
             case PolicyAdded(policy):
                 self._add_policy(policy, now)
             case PolicyDeleted(key, index):
-                spd = self._tables.spd
+                spd = self.spd
                 self._dropped(spd.remove_index(index) if key is None else spd.remove(key))
             case PolicyExpired(policy, hard):
                 if hard:
-                    self._dropped(self._tables.spd.remove(policy.key))
+                    self._dropped(self.spd.remove(policy.key))
             case PoliciesFlushed(kind):
-                if self._tables.spd.flush(kind):
+                if self.spd.flush(kind):
                     self.bump()
             case DefaultActions():
                 if event != self._tables.defaults:
@@ -348,69 +288,59 @@ class Mirror:
                     self.bump()
 
     def _add(self, sa: SA, now: float) -> None:
-        tables = self._tables
-        key = sa.key
-        old = tables.records.get(key)
+        sad = self._tables.sad
+        old = sad.get(sa.key)
         if old is not None and _same(old.sa, sa):
             old.sa = sa
             return
+        collides = any(True for _ in sad.numbered(sa.spi)) or any(
+            True for _ in self._graveyard.numbered(sa.spi)
+        )
         if old is not None:
-            tables.pop(key)
+            sad.pop(sa.key)
             self._bury(old, now)
-        tables.put(Record(sa, now))
+        sad.add(Record(sa, now))
         if (
-            old is not None
+            collides
             or self.always_bump
             or self.additions_matter
             or sa.spi in self._awaited
-            or len(tables.by_spi[sa.spi]) > 1
-            or sa.spi in self._tombs_by_spi
+            # Tokens say whether there is compression.
+            or sa.proto == IPPROTO_COMP
         ):
             self.bump()
 
     def _remove(self, keys: Iterable[SAKey], now: float) -> None:
-        gone = [record for key in keys if (record := self._tables.pop(key)) is not None]
+        gone = [record for key in keys if (record := self._tables.sad.pop(key)) is not None]
         for record in gone:
             self._bury(record, now)
         if gone:
             self.bump()
 
     def _map(self, event: SAMapped, now: float) -> None:
-        record = self._tables.records.get(event.key)
-        if record is None:
+        sa = self.get(event.key)
+        if sa is None:
             return
-        encapsulation = record.sa.encapsulation
+        encapsulation = sa.encapsulation
         if encapsulation is not None:
             encapsulation = encapsulation._replace(source_port=event.new_port)
-        self._add(replace(record.sa, source=event.new_source, encapsulation=encapsulation), now)
+        self._add(replace(sa, source=event.new_source, encapsulation=encapsulation), now)
 
     def _migrate(self, event: SAMigrated, now: float) -> None:
-        tables = self._tables
-        moving = [
-            record.sa
-            for record in tables.by_pair.get((event.old_source, event.old_destination), {}).values()
-            if record.sa.proto == event.proto
-            and record.sa.mode == event.mode
-            and event.reqid in (0, record.sa.reqid)
-        ]
+        pair = self._tables.sad.between(event.old_source, event.old_destination)
+        moving = [record.sa for record in pair if _migrates(event, record.sa)]
         for sa in moving:
             self._remove([sa.key], now)
-            self._add(replace(sa, source=event.new_source, destination=event.new_destination), now)
-        for policy in list(tables.spd):
+            self._add(_moved(event, sa), now)
+        for policy in list(self.spd):
             templates = tuple(
-                replace(t, source=event.new_source, destination=event.new_destination)
-                if t.proto == event.proto
-                and t.mode == event.mode
-                and event.reqid in (0, t.reqid)
-                and (t.source, t.destination) == (event.old_source, event.old_destination)
-                else t
-                for t in policy.templates
+                _moved(event, t) if _migrates(event, t) else t for t in policy.templates
             )
             if templates != policy.templates:
                 self._add_policy(replace(policy, templates=templates), now)
 
     def _add_policy(self, policy: Policy, now: float) -> None:
-        if self._tables.spd.add(policy, now):
+        if self.spd.add(policy, now):
             if not self._young or self._young[-1] != now:
                 self._young.append(now)
             self.bump()
@@ -419,32 +349,50 @@ class Mirror:
         if policy is not None:
             self.bump()
 
+    # Tombstones
+
+    def _oldest(self) -> list[Record]:
+        return [next(iter(self._tombs.values()))] if self._tombs else []
+
     def _bury(self, record: Record, now: float) -> None:
         if record.sa.larval:
             return
         if len(self._tombs) >= TOMBSTONE_LIMIT:
-            self._forget(next(iter(self._tombs.values())))
+            self._forget_oldest()
             self.bump()
         record.buried = now
         self._tombs[id(record)] = record
-        self._tombs_by_spi.setdefault(record.sa.spi, []).append(record)
+        self._graveyard.add(record)
 
-    def _forget(self, record: Record) -> None:
-        del self._tombs[id(record)]
-        group = self._tombs_by_spi[record.sa.spi]
-        group.remove(record)
-        if not group:
-            del self._tombs_by_spi[record.sa.spi]
+    def _forget_oldest(self) -> None:
+        record = self._tombs.pop(next(iter(self._tombs)))
+        self._graveyard.remove(record)
+
+
+def _forgotten(record: Record) -> float:
+    return record.buried + TOMBSTONE_SECONDS
 
 
 def _flushes(proto: int, sa_proto: int) -> bool:
+    """Compare as ``xfrm_id_proto_match()`` does."""
     if proto == _IPSEC_PROTO_ANY:
         return sa_proto in _IPSEC_PROTOS
     return proto in (0, sa_proto)
 
 
+def _migrates(event: SAMigrated, item: SA | Template) -> bool:
+    return (
+        item.proto == event.proto
+        and item.mode == event.mode
+        and event.reqid in (0, item.reqid)
+        and (item.source, item.destination) == (event.old_source, event.old_destination)
+    )
+
+
+def _moved(event: SAMigrated, item: _T) -> _T:
+    return replace(item, source=event.new_source, destination=event.new_destination)
+
+
 def _same(one: SA, other: SA) -> bool:
     """Whether two SAs of one key protect alike: counters and lifetimes do not count."""
-    return one is other or (
-        replace(one, usage=_NO_USAGE, lifetime=other.lifetime) == replace(other, usage=_NO_USAGE)
-    )
+    return replace(one, usage=_NO_USAGE, lifetime=other.lifetime) == replace(other, usage=_NO_USAGE)

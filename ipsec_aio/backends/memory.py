@@ -32,13 +32,14 @@ from ipsec_aio.events import (
 from ipsec_aio.flow import Mark, Selector, pack_address, unmap
 from ipsec_aio.policy import Policy, PolicyKey, Template
 from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, Algorithm, SAKey
-from ipsec_aio.tokens import PToken, fits
+from ipsec_aio.truth import fits
 
 from .contract import Registration
 from .tables import TableBackend
 
 if TYPE_CHECKING:
     from ipsec_aio.evidence import Evidence
+    from ipsec_aio.tokens import PToken
 
 __all__ = ["MemoryBackend"]
 

@@ -1,0 +1,148 @@
+"""The SAD in memory: SAs by key, by number, and by what they might carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from math import inf
+from typing import TypeVar
+
+from .enums import Direction, Mode
+from .flow import Mark
+from .sa import IPPROTO_COMP, SA, SAKey
+
+__all__ = ["SAD", "Index", "Record"]
+
+_K = TypeVar("_K")
+_TUNNELS = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
+
+
+class Record:
+    """An SA in the mirror.
+
+    ``added`` and ``buried`` are the times of its arrival and removal (infinity: it lives).
+    ``protection`` is room for what is derived from the SA.
+    """
+
+    __slots__ = ("added", "buried", "protection", "sa")
+
+    def __init__(self, sa: SA, added: float) -> None:
+        self.sa = sa
+        self.added = added
+        self.buried = inf
+        self.protection: object | None = None
+
+
+class Index:
+    """Records by SPI, by outer addresses, and those of tunnels; in the order of their arrival."""
+
+    __slots__ = ("_by_pair", "_by_spi", "_tunnels")
+
+    def __init__(self) -> None:
+        self._by_spi: dict[int, dict[int, Record]] = {}
+        self._by_pair: dict[tuple[bytes, bytes], dict[int, Record]] = {}
+        self._tunnels: dict[int, Record] = {}
+
+    def add(self, record: Record) -> None:
+        """Put a record in."""
+        sa, number = record.sa, id(record)
+        self._by_spi.setdefault(sa.spi, {})[number] = record
+        self._by_pair.setdefault((sa.source, sa.destination), {})[number] = record
+        if sa.mode in _TUNNELS:
+            self._tunnels[number] = record
+
+    def remove(self, record: Record) -> None:
+        """Take a record out."""
+        sa, number = record.sa, id(record)
+        _discard(self._by_spi, sa.spi, number)
+        _discard(self._by_pair, (sa.source, sa.destination), number)
+        self._tunnels.pop(number, None)
+
+    def numbered(self, spi: int) -> Iterable[Record]:
+        """Return the SAs with this SPI, whatever their protocol."""
+        group = self._by_spi.get(spi)
+        return () if group is None else group.values()
+
+    def between(self, source: bytes, destination: bytes) -> Iterable[Record]:
+        """Return the SAs with these outer addresses."""
+        group = self._by_pair.get((source, destination))
+        return () if group is None else group.values()
+
+    def transports(self, peer: bytes, local: bytes) -> Iterable[Record]:
+        """Return the SAs whose outer addresses fit this traffic without a tunnel."""
+        return chain(
+            self.between(peer, local),
+            self.between(b"", local),
+            self.between(bytes(len(peer)), local),
+        )
+
+    def tunnels(self) -> Iterable[Record]:
+        """Return the SAs in a tunnel mode."""
+        return self._tunnels.values()
+
+
+def _discard(index: dict[_K, dict[int, Record]], at: _K, number: int) -> None:
+    group = index[at]
+    del group[number]
+    if not group:
+        del index[at]
+
+
+class SAD(Index):
+    """The living SAs."""
+
+    __slots__ = ("_marked", "_records", "_set_marks")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: dict[SAKey, Record] = {}
+        self._marked = 0
+        self._set_marks: dict[Mark, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
+
+    def get(self, key: SAKey) -> Record | None:
+        """Return the SA with this key."""
+        return self._records.get(key)
+
+    def add(self, record: Record) -> None:
+        """Put an SA in whose key is free."""
+        super().add(record)
+        self._records[record.sa.key] = record
+        self._count(record.sa, 1)
+
+    def pop(self, key: SAKey) -> Record | None:
+        """Take out and return the SA with this key."""
+        record = self._records.pop(key, None)
+        if record is not None:
+            super().remove(record)
+            self._count(record.sa, -1)
+        return record
+
+    @property
+    def marked(self) -> bool:
+        """Whether an SA that may be inbound looks at packets' marks."""
+        return self._marked > 0
+
+    @property
+    def set_marks(self) -> frozenset[Mark]:
+        """The marks that SAs write into packets."""
+        return frozenset(self._set_marks)
+
+    def compresses(self, source: bytes, destination: bytes) -> bool:
+        """Whether there is an IPComp SA with these outer addresses."""
+        return any(r.sa.proto == IPPROTO_COMP for r in self.between(source, destination))
+
+    def _count(self, sa: SA, step: int) -> None:
+        if sa.mark != (0, 0) and sa.direction is not Direction.OUT:
+            self._marked += step
+        if sa.set_mark is not None:
+            count = self._set_marks.get(sa.set_mark, 0) + step
+            if count:
+                self._set_marks[sa.set_mark] = count
+            else:
+                del self._set_marks[sa.set_mark]
