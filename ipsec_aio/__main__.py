@@ -17,7 +17,7 @@ from ipsec_aio.errors import IPsecError
 
 __all__ = ["main"]
 
-_COMMANDS = ("stamp",)
+_COMMANDS = ("stamp", "demo")
 
 
 class _Command(Protocol):

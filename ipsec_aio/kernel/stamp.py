@@ -130,19 +130,18 @@ class Stamp:
 class KernelStamp(Stamp):
     """A stamp on nf_tables. Made by :func:`open_stamp`."""
 
-    def __init__(
-        self, mode: StampMode, marks: Callable[[], MarkUsers], on_change: Callable[[], None]
-    ) -> None:
+    def __init__(self, mode: StampMode, marks: Callable[[], MarkUsers]) -> None:
         super().__init__("the stamp was not looked at yet")
         self._mode = mode
         self._marks = marks
-        self._on_change = on_change
+        self._on_change: Callable[[], None] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._generation = 0
         self._verified = 0
         self._marks_problem = ""
         self._state = TableState()
         self._refusal: BackendError | None = None
+        self._sysctl_refusal: BackendError | None = None
         self._owned = False
         self._covered: Counter[Port] = Counter()
         self._added: set[Port] = set()
@@ -156,7 +155,7 @@ class KernelStamp(Stamp):
             raise
         self._sysctl = FwmarkAccept()
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop, on_change: Callable[[], None]) -> None:
         """Take or install the stamp and watch it. Raises as the mode demands."""
         self._loop = loop
         loop.add_reader(self._events.fileno(), self.refresh)
@@ -165,6 +164,7 @@ class KernelStamp(Stamp):
             raise self._refusal
         if self._mode != "use" and self._problem:
             raise self._refusal or self._why(self._problem)
+        self._on_change = on_change
 
     @property
     def generation(self) -> int:
@@ -197,6 +197,8 @@ class KernelStamp(Stamp):
             refusal = self._refusal or self._why(
                 self._problem or "net.ipv4.tcp_fwmark_accept is 0: set it to 1"
             )
+            if wanted in self._state.ports and self._sysctl_refusal is not None:
+                refusal = self._sysctl_refusal
             coverage.close()
             raise refusal
         return coverage
@@ -340,7 +342,7 @@ class KernelStamp(Stamp):
             try:
                 self._sysctl.enable()
             except BackendError as error:
-                self._refusal = error
+                self._sysctl_refusal = error
         self._tcp_ready = self._sysctl.enabled
         if lost and before:
             self._verified += 1
@@ -349,9 +351,9 @@ class KernelStamp(Stamp):
             self._on_change()
 
     def _why(self, problem: str) -> BackendError:
-        if self._state.installed:
-            return BackendError(errno.EINVAL, problem)
-        return BackendUnavailable(errno.ENOENT, problem)
+        if problem == TableState().problem:
+            return BackendUnavailable(errno.ENOENT, problem)
+        return BackendError(errno.EINVAL, problem)
 
 
 async def open_stamp(
@@ -377,13 +379,13 @@ async def open_stamp(
     if mode not in ("use", "install", "require"):
         raise ValueError(f"stamp={mode!r}: it is use, install, require or off")
     try:
-        stamp = KernelStamp(mode, marks, on_change)
+        stamp = KernelStamp(mode, marks)
     except BackendUnavailable as error:
         if mode == "use":
             return Stamp(error.strerror or str(error))
         raise
     try:
-        stamp.start(asyncio.get_running_loop())
+        stamp.start(asyncio.get_running_loop(), on_change)
     except BaseException:
         stamp.close()
         raise

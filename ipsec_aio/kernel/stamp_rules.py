@@ -31,7 +31,9 @@ Rules:
 * ``input`` comes last of all that could write marks: iptables' mangle is at -150, connection
   tracking's helpers at 300, and only the kernel's own confirmation (INT_MAX) must stay behind.
 * ``fragments`` comes before defragmentation (-400). Fragments that are forwarded (unicast, not
-  ours) pass. Without that chain fragments are kept: that is how readers know.
+  ours) pass. Linux fragments IPv6 datagrams inside a tunnel, before ESP: where large ones come in
+  tunnel mode over IPv6, fragments must be kept. Without that chain they are: that is how readers
+  know.
 """
 
 from __future__ import annotations

@@ -103,12 +103,12 @@ class TableState:
     @property
     def problem(self) -> str:
         """Why this is no verified stamp; empty when it is one."""
+        if self.late_writers:
+            return f"a later rule could write the mark: {'; '.join(self.late_writers)}"
         if not self.installed:
             return "the stamp is not installed"
         if self.faults:
             return f"table inet {TABLE} is not as it must be: {'; '.join(self.faults)}"
-        if self.late_writers:
-            return f"a later rule could write the mark: {'; '.join(self.late_writers)}"
         return ""
 
 

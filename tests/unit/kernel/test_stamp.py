@@ -1,0 +1,652 @@
+"""The stamp on this machine's nf_tables: taken, installed, watched, restored, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable
+from ipsec_aio.kernel import nfnetlink as nft
+from ipsec_aio.kernel import stamp_table
+from ipsec_aio.kernel.nfnetlink import NftSocket, Request, be32, text
+from ipsec_aio.kernel.stamp import KernelStamp, MarkUsers, Stamp, open_stamp
+from ipsec_aio.kernel.stamp_rules import INPUT, INPUT_PRIORITY
+from ipsec_aio.kernel.stamp_sysctl import FwmarkAccept
+from ipsec_aio.kernel.stamp_table import Port
+
+pytestmark = pytest.mark.usefixtures("netns")
+
+UDP, TCP = 17, 6
+OURS = ((1, text("ipsec_aio")),)
+META_SET_MARK = INPUT.rules[3].expressions
+COUNTER = ((1, ((1, text("counter")),)),)
+
+
+@pytest.fixture
+def admin():
+    """Somebody else with privilege."""
+    netlink = NftSocket()
+    yield netlink
+    netlink.close()
+
+
+@pytest.fixture
+async def opened():
+    """Open stamps that are closed with the test."""
+    stamps = []
+
+    async def open_one(mode, **arguments):
+        stamps.append(await open_stamp(mode, **arguments))
+        return stamps[-1]
+
+    yield open_one
+    for stamp in stamps:
+        stamp.close()
+
+
+def flush_ruleset(netlink):
+    netlink.commit([Request(nft.DELTABLE, (), family=0)])
+
+
+def chain(table, name, hook, priority, family=1):
+    place = ((1, be32(hook)), (2, be32(priority)))
+    attributes = ((1, text(table)), (3, text(name)), (4, place), (7, text("filter")))
+    return Request(nft.NEWCHAIN, attributes, nft.CREATE, family=family)
+
+
+def table(name, family=1):
+    return Request(nft.NEWTABLE, ((1, text(name)),), nft.CREATE, family=family)
+
+
+def nft_rule(table, chain, expressions, family=1):
+    attributes = ((1, text(table)), (2, text(chain)), (4, expressions))
+    return Request(nft.NEWRULE, attributes, nft.CREATE | nft.APPEND, family=family)
+
+
+def rules(netlink, chain):
+    found = netlink.dump(nft.GETRULE, OURS)
+    return [r for r in found if nft.unpack_text(r.attributes[2]) == chain]
+
+
+def delete_rule(netlink, number, chain="input"):
+    handle = rules(netlink, chain)[number].attributes[3]
+    place = (*OURS, (2, text(chain)), (3, handle))
+    netlink.commit([Request(nft.DELRULE, place)])
+
+
+def sysctl_value():
+    sysctl = FwmarkAccept()
+    try:
+        return int(sysctl.enabled)
+    finally:
+        sysctl.close()
+
+
+def set_sysctl(value):
+    with open("/proc/sys/net/ipv4/tcp_fwmark_accept", "w") as file:
+        file.write(str(value))
+
+
+def persistent(netlink, *ports, **arguments):
+    stamp_table.install(netlink, [Port(UDP, port) for port in ports], owned=False, **arguments)
+
+
+async def test_install_and_leave_no_trace(opened, admin):
+    stamp = await opened("install")
+    assert stamp.generation
+    assert not stamp.problem
+    assert not stamp.keeps_fragments
+    covered = stamp.cover(UDP, 5000)
+    assert covered.generation == stamp.generation
+    state = stamp_table.read(admin)
+    assert not state.problem
+    assert state.owner
+    assert state.ports == {(UDP, 5000)}
+    stamp.close()
+    stamp.close()
+    assert covered.generation == stamp.generation == 0
+    assert stamp.problem == "the stamp is closed"
+    assert not stamp_table.read(admin).installed
+    covered.close()
+    stamp.refresh()
+    stamp.marks_changed()
+    with pytest.raises(BackendUnavailable, match="closed"):
+        stamp.cover(UDP, 5000)
+
+
+async def test_the_table_goes_with_its_process(admin):
+    stamp = await open_stamp("install")
+    assert isinstance(stamp, KernelStamp)
+    stamp._netlink.close()
+    assert not stamp_table.read(admin).installed
+    stamp._netlink = NftSocket()
+    stamp.close()
+
+
+async def test_owned_table_survives_a_flush(opened, admin):
+    stamp = await opened("install")
+    generation = stamp.generation
+    covered = stamp.cover(UDP, 5000)
+    flush_ruleset(admin)
+    stamp.refresh()
+    assert stamp.generation == covered.generation == generation
+    assert not stamp_table.read(admin).problem
+
+
+async def test_flushed_stamp_is_noticed_at_once_and_taken_again(opened, admin):
+    persistent(admin, 5000)
+    changes = []
+    stamp = await opened("use", on_change=lambda: changes.append(stamp.generation))
+    covered = stamp.cover(UDP, 5000)
+    first = covered.generation
+    assert first
+    changes.clear()
+    flush_ruleset(admin)
+    assert covered.generation == first
+    stamp.refresh()
+    assert changes == [0]
+    assert covered.generation == 0
+    assert stamp.problem == "the stamp is not installed"
+    persistent(admin)
+    stamp.refresh()
+    assert covered.generation > first
+    assert stamp_table.read(admin).ports == {(UDP, 5000)}
+
+
+async def test_loss_between_two_looks_costs_the_generation(opened, admin):
+    persistent(admin, 5000)
+    stamp = await opened("use")
+    first = stamp.cover(UDP, 5000).generation
+    persistent(admin, 5000, replace=True)
+    stamp.refresh()
+    assert stamp.generation > first
+
+
+async def test_install_mode_replaces_a_flushed_persistent_table(opened, admin):
+    persistent(admin, 5000)
+    stamp = await opened("install")
+    covered = stamp.cover(UDP, 5000)
+    first = covered.generation
+    assert not stamp_table.read(admin).owner
+    flush_ruleset(admin)
+    stamp.refresh()
+    assert covered.generation > first
+    assert stamp_table.read(admin).owner
+    stamp.close()
+    assert not stamp_table.read(admin).installed
+
+
+async def test_changes_are_told_by_the_loop(opened, admin):
+    changed = asyncio.Event()
+    stamp = await opened("use", on_change=changed.set)
+    assert not stamp.generation
+    persistent(admin, 5000)
+    await asyncio.wait_for(changed.wait(), 5)
+    assert stamp.generation
+
+
+@pytest.mark.parametrize("number", range(len(INPUT.rules)))
+async def test_a_missing_rule_is_noticed(opened, admin, number):
+    persistent(admin, 5000)
+    stamp = await opened("use")
+    delete_rule(admin, number)
+    stamp.refresh()
+    assert not stamp.generation
+    assert "chain input has 4 rules, not 5" in stamp.problem
+
+
+async def test_an_altered_rule_is_noticed(opened, admin):
+    persistent(admin, 5000)
+    stamp = await opened("use")
+    delete_rule(admin, -1)
+    admin.commit([nft_rule("ipsec_aio", "input", COUNTER)])
+    stamp.refresh()
+    assert not stamp.generation
+    assert "the rule to stamp with the SPI was altered" in stamp.problem
+
+
+async def test_a_foreign_chain_in_our_table_is_noticed(opened, admin):
+    persistent(admin, 5000)
+    stamp = await opened("use")
+    admin.commit([chain("ipsec_aio", "more", 1, 0)])
+    stamp.refresh()
+    assert "chain more is not ours" in stamp.problem
+
+
+async def test_a_chain_with_another_priority_is_noticed(opened, admin):
+    requests = [table("ipsec_aio"), chain("ipsec_aio", "input", 1, 0)]
+    admin.commit(requests)
+    stamp = await opened("use")
+    assert "has another type, hook, priority or policy" in stamp.problem
+    assert "the set ports is missing" in stamp.problem
+    assert "has 0 rules" in stamp.problem
+
+
+async def test_a_missing_chain_and_a_dormant_table_are_noticed(opened, admin):
+    admin.commit([Request(nft.NEWTABLE, (*OURS, (2, be32(1))), nft.CREATE)])
+    stamp = await opened("use")
+    assert "chain input is missing" in stamp.problem
+    assert "dormant" in stamp.problem
+
+
+async def test_a_set_of_another_shape_is_noticed(opened, admin):
+    timeout_set = (*OURS, (2, text("ports")), (3, be32(16)), (5, be32(8)), (10, be32(1)))
+    admin.commit([table("ipsec_aio"), Request(nft.NEWSET, timeout_set, nft.CREATE)])
+    stamp = await opened("use")
+    assert "the set ports has other flags" in stamp.problem
+
+
+async def test_kept_fragments_are_seen_in_the_table(opened, admin):
+    persistent(admin, 5000, keep_fragments=True)
+    stamp = await opened("use")
+    assert stamp.generation
+    assert stamp.keeps_fragments
+
+
+async def test_deleting_the_fragments_chain_costs_the_generation(opened, admin):
+    persistent(admin, 5000)
+    stamp = await opened("use")
+    first = stamp.generation
+    handles = [rule.attributes[3] for rule in rules(admin, "fragments")]
+    place = (*OURS, (2, text("fragments")))
+    requests = [Request(nft.DELRULE, (*place, (3, handle))) for handle in handles]
+    requests.append(Request(nft.DELCHAIN, (*OURS, (3, text("fragments")))))
+    admin.commit(requests)
+    stamp.refresh()
+    assert stamp.keeps_fragments
+    assert stamp.generation > first
+
+
+@pytest.mark.parametrize("family", [1, 2, 10])
+async def test_a_later_writer_is_noticed_and_named(opened, admin, family):
+    stamp = await opened("install")
+    covered = stamp.cover(UDP, 5000)
+    first = covered.generation
+    admin.commit([table("late", family), chain("late", "last", 1, INPUT_PRIORITY, family)])
+    stamp.refresh()
+    second = covered.generation
+    assert second > first
+    admin.commit([nft_rule("late", "last", META_SET_MARK, family)])
+    stamp.refresh()
+    assert covered.generation == 0
+    assert "late chain last rule handle 2: sets the mark" in stamp.problem
+    admin.commit([Request(nft.DELTABLE, ((1, text("late")),), family=family)])
+    stamp.refresh()
+    assert covered.generation > second
+    assert not stamp_table.read(admin).late_writers
+
+
+async def test_earlier_writers_and_sets_elsewhere_do_not_matter(opened, admin):
+    stamp = await opened("install")
+    first = stamp.generation
+    admin.commit(
+        [
+            table("early"),
+            chain("early", "first", 1, -150),
+            nft_rule("early", "first", META_SET_MARK),
+        ]
+    )
+    stamp.refresh()
+    assert stamp.generation == first
+
+
+async def test_install_refuses_where_a_later_writer_is(admin):
+    admin.commit(
+        [
+            table("late"),
+            chain("late", "last", 1, INPUT_PRIORITY + 1),
+            nft_rule("late", "last", META_SET_MARK),
+        ]
+    )
+    with pytest.raises(BackendError, match="sets the mark"):
+        await open_stamp("install")
+    state = stamp_table.read(admin)
+    assert not state.installed
+    assert state.late_writers
+
+
+async def test_foreign_tables_stay_untouched(opened, admin):
+    admin.commit([table("other"), chain("other", "base", 1, 0)])
+    admin.commit([nft_rule("other", "base", COUNTER)])
+
+    def seen():
+        return [
+            (m.kind, m.attributes)
+            for kind in (nft.GETTABLE, nft.GETCHAIN, nft.GETRULE, nft.GETSET)
+            for m in admin.dump(kind, family=0)
+        ]
+
+    before = seen()
+    stamp = await opened("install")
+    stamp.cover(UDP, 5000).close()
+    stamp.cover(TCP, 5000)
+    stamp.close()
+    assert seen() == before
+
+
+async def test_ports_are_counted(opened, admin):
+    stamp = await opened("install")
+    first, second = stamp.cover(UDP, 5000), stamp.cover(UDP, 5000)
+    first.close()
+    first.close()
+    assert not first.generation
+    assert second.generation
+    assert stamp_table.read(admin).ports == {(UDP, 5000)}
+    second.close()
+    assert stamp_table.read(admin).ports == set()
+
+
+async def test_only_added_ports_are_taken_out(opened, admin):
+    persistent(admin, 5000)
+    stamp = await opened("use")
+    stamp.cover(UDP, 5000)
+    stamp.cover(UDP, 5001)
+    closed = stamp.cover(UDP, 5000)
+    closed.close()
+    assert stamp_table.read(admin).ports == {(UDP, 5000), (UDP, 5001)}
+    stamp.close()
+    assert stamp_table.read(admin).ports == {(UDP, 5000)}
+
+
+async def test_a_port_taken_out_by_others_is_put_back(opened, admin):
+    persistent(admin)
+    stamp = await opened("use")
+    covered, other = stamp.cover(UDP, 5000), stamp.cover(UDP, 5001)
+    first = covered.generation
+    stamp_table.remove_ports(admin, [Port(UDP, 5000)])
+    stamp.refresh()
+    assert covered.generation == other.generation > first
+    stamp_table.add_ports(admin, [Port(UDP, 6000)])
+    stamp_table.remove_ports(admin, [Port(UDP, 6000)])
+    second = stamp.generation
+    stamp.refresh()
+    assert stamp.generation == second
+
+
+async def test_use_takes_an_owned_table_as_it_is(opened):
+    owner = await opened("install")
+    owner.cover(UDP, 5000)
+    user = await opened("use")
+    assert user.cover(UDP, 5000).generation
+    assert not user.cover(UDP, 5001).generation
+
+
+@pytest.mark.parametrize("mode", ["install", "require"])
+async def test_a_demanded_port_in_another_process_table_is_denied(opened, mode):
+    owner = await opened("install")
+    owner.cover(UDP, 5000)
+    user = await opened(mode)
+    assert user.cover(UDP, 5000).generation
+    with pytest.raises(BackendDenied, match="owned by another process"):
+        user.cover(UDP, 5001)
+
+
+async def test_install_takes_over_when_the_owner_ends(opened, admin):
+    owner = await opened("install")
+    owner.cover(UDP, 5000)
+    heir = await opened("install")
+    covered = heir.cover(UDP, 5000)
+    first = covered.generation
+    owner.close()
+    heir.refresh()
+    assert covered.generation > first
+    assert stamp_table.read(admin).owner
+
+
+async def test_require(opened, admin):
+    with pytest.raises(BackendUnavailable, match="not installed"):
+        await open_stamp("require")
+    persistent(admin, 5000)
+    stamp = await opened("require")
+    assert stamp.cover(UDP, 5001).generation
+    with pytest.raises(BackendError, match="4500"):
+        stamp.cover(UDP, 4500)
+    with pytest.raises(BackendError, match="tcp_fwmark_accept is 0"):
+        stamp.cover(TCP, 5000)
+    assert stamp_table.read(admin).ports == {(UDP, 5000), (UDP, 5001)}
+    stamp.close()
+    delete_rule(admin, 0)
+    with pytest.raises(BackendError, match="not as it must be") as caught:
+        await open_stamp("require")
+    assert not isinstance(caught.value, BackendUnavailable)
+
+
+async def test_what_cannot_be_stamped_has_no_generation(opened, admin):
+    persistent(admin)
+    stamp = await opened("use")
+    for protocol, port in ((UDP, 4500), (UDP, 0), (132, 5000)):
+        covered = stamp.cover(protocol, port)
+        assert covered.generation == 0
+        covered.close()
+
+
+async def test_off():
+    stamp = await open_stamp("off")
+    assert type(stamp) is Stamp
+    covered = stamp.cover(UDP, 5000)
+    assert (stamp.generation, covered.generation, stamp.tcp_ready()) == (0, 0, False)
+    assert stamp.keeps_fragments
+    assert stamp.problem == "the stamp is off"
+    stamp.refresh()
+    stamp.marks_changed()
+    covered.close()
+    stamp.close()
+
+
+async def test_unknown_mode():
+    with pytest.raises(ValueError, match="use, install, require or off"):
+        await open_stamp("always")
+
+
+async def test_tcp_wants_the_sysctl_and_gives_it_back(opened):
+    stamp = await opened("install")
+    assert not stamp.tcp_ready()
+    covered = stamp.cover(TCP, 5000)
+    assert covered.generation
+    assert stamp.tcp_ready()
+    assert sysctl_value() == 1
+    stamp.close()
+    assert not stamp.tcp_ready()
+    assert sysctl_value() == 0
+
+
+async def test_a_sysctl_that_was_on_stays_on(opened):
+    set_sysctl(1)
+    stamp = await opened("install")
+    assert stamp.cover(TCP, 5000).generation
+    stamp.close()
+    assert sysctl_value() == 1
+
+
+async def test_a_sysctl_turned_off_is_noticed(opened, admin):
+    set_sysctl(1)
+    persistent(admin)
+    changes = []
+    stamp = await opened("use", on_change=lambda: changes.append(1))
+    covered = stamp.cover(TCP, 5000)
+    first = covered.generation
+    set_sysctl(0)
+    changes.clear()
+    assert not stamp.tcp_ready()
+    assert covered.generation == 0
+    assert changes
+    set_sysctl(1)
+    stamp.refresh()
+    assert covered.generation > first
+
+
+async def test_a_sysctl_turned_off_is_restored_where_we_installed(opened):
+    stamp = await opened("install")
+    covered = stamp.cover(TCP, 5000)
+    first = covered.generation
+    set_sysctl(0)
+    assert stamp.tcp_ready()
+    assert covered.generation > first
+    stamp.close()
+    assert sysctl_value() == 0
+
+
+async def test_tcp_is_not_stamped_while_the_sysctl_is_off(opened, admin):
+    persistent(admin)
+    stamp = await opened("use")
+    covered = stamp.cover(TCP, 5000)
+    assert covered.generation == 0
+    stamp.refresh()
+    assert covered.generation == 0
+
+
+async def test_a_read_only_sysctl_is_said(opened):
+    stamp = await opened("install")
+    stamp._sysctl.writable = False
+    with pytest.raises(BackendDenied, match="sysctl -w"):
+        stamp.cover(TCP, 5000)
+
+
+MARKED = MarkUsers(policies=("any → any mark 0x5/0xff",))
+
+
+async def test_install_refuses_where_marks_belong_to_others(admin):
+    with pytest.raises(BackendError, match="marks belong to someone else"):
+        await open_stamp("install", marks=lambda: MARKED)
+    assert not stamp_table.read(admin).installed
+
+
+async def test_a_mark_that_comes_later_drives_the_stamp_away(opened, admin):
+    users = [MarkUsers()]
+    stamp = await opened("install", marks=lambda: users[-1])
+    covered = stamp.cover(UDP, 5000)
+    first = covered.generation
+    stamp.marks_changed()
+    assert covered.generation == first
+    users.append(MARKED)
+    stamp.marks_changed()
+    assert covered.generation == 0
+    assert "0x5" in stamp.problem
+    assert not stamp_table.read(admin).installed
+    users.append(MarkUsers())
+    stamp.marks_changed()
+    assert covered.generation > first
+    assert stamp_table.read(admin).ports == {(UDP, 5000)}
+
+
+async def test_marks_make_a_table_of_others_useless_and_leave_it(opened, admin):
+    persistent(admin, 5000)
+    stamp = await opened("use", marks=lambda: MARKED)
+    assert stamp.cover(UDP, 5000).generation == 0
+    installer = await opened("use", marks=MarkUsers)
+    assert installer.generation
+    with pytest.raises(BackendError, match="marks belong"):
+        await open_stamp("install", marks=lambda: MARKED)
+    assert stamp_table.read(admin).installed
+
+
+async def test_lost_events_cost_the_generation(opened, admin):
+    persistent(admin)
+    stamp = await opened("use")
+    first = stamp.generation
+    for port in range(1, 60000, 1000):
+        ports = [Port(UDP, number) for number in range(port, port + 1000)]
+        stamp_table.add_ports(admin, ports)
+        stamp_table.remove_ports(admin, ports)
+    stamp.refresh()
+    assert stamp.generation > first
+
+
+async def test_tables_that_cannot_be_read_are_no_stamp(opened, admin):
+    persistent(admin)
+    stamp = await opened("use")
+    assert isinstance(stamp, KernelStamp)
+    stamp._netlink.close()
+    stamp._netlink = Refusing()
+    delete_rule(admin, 0)
+    stamp.refresh()
+    assert stamp.generation == 0
+    assert "Operation not supported" in stamp.problem or "no nf_tables" in stamp.problem
+
+
+class Refusing:
+    """A kernel whose answer is always the same."""
+
+    portid = 1
+
+    def generation_id(self):
+        raise nft.NftError(errno.EOPNOTSUPP)
+
+    def close(self):
+        pass
+
+
+async def test_without_privilege(unprivileged, admin):
+    for mode in ("use", "install", "require"):
+        error = unprivileged(lambda mode=mode: asyncio.run(open_stamp(mode)))
+        assert isinstance(error, BackendDenied)
+        assert "CAP_NET_ADMIN" in str(error)
+    assert not stamp_table.read(admin).installed
+
+
+class PortSet(RuleBasedStateMachine):
+    """Two users of one persistent table, against a model that only counts."""
+
+    ports = st.sampled_from([(UDP, 1), (UDP, 2), (TCP, 2), (UDP, 65535)])
+
+    def __init__(self):
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.admin = NftSocket()
+        self.fixed = {(UDP, 1)}
+        persistent(self.admin, 1)
+        self.users = [self.loop.run_until_complete(open_stamp("use")) for _ in range(2)]
+        self.open = []
+        self.counts = Counter()
+
+    @rule(user=st.integers(0, 1), port=ports)
+    def cover(self, user, port):
+        self.open.append((port, self.users[user].cover(*port)))
+        self.counts[port] += 1
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def uncover(self, data):
+        port, coverage = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
+        coverage.close()
+        self.counts[port] -= 1
+
+    @rule()
+    def lose_the_table(self):
+        persistent(self.admin, 1, replace=True)
+
+    @invariant()
+    def the_set_is_what_is_covered(self):
+        for _ in self.users:
+            for user in self.users:
+                user.refresh()
+        wanted = {port for port, count in self.counts.items() if count}
+        assert stamp_table.read(self.admin).ports == self.fixed | wanted
+        for port, coverage in self.open:
+            assert bool(coverage.generation) == (port[0] == UDP)
+
+    def teardown(self):
+        for user in self.users:
+            user.close()
+        assert stamp_table.read(self.admin).ports == self.fixed
+        stamp_table.remove(self.admin)
+        self.admin.close()
+        self.loop.close()
+
+
+def test_port_bookkeeping():
+    run_state_machine_as_test(
+        PortSet, settings=settings(max_examples=25, stateful_step_count=15, deadline=None)
+    )
