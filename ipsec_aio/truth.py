@@ -80,8 +80,8 @@ class TruthTable:
         doubts = self._doubts(evidence)
         if doubts is not None:
             return doubts
-        living = _fitting(self.mirror.sad, evidence)
-        buried = _fitting(self.mirror.graveyard, evidence)
+        living = self._fitting(self.mirror.sad, evidence)
+        buried = self._fitting(self.mirror.graveyard, evidence)
         if now > deadline:
             known = [r for r in (*living, *buried) if r.added <= deadline]
             return (
@@ -113,22 +113,33 @@ class TruthTable:
 
     def _by_spi(self, evidence: Evidence) -> Verdict:
         sad, graveyard, spi = self.mirror.sad, self.mirror.graveyard, evidence.spi
-        living = _fitting(sad, evidence)
+        living = self._fitting(sad, evidence)
         certain = True
         if not living:
             # The number of a removed SA may be in use again.
-            keys = {r.sa.key for r in _fitting(graveyard, evidence)}
+            keys = {r.sa.key for r in self._fitting(graveyard, evidence)}
             keys.update(SAKey(evidence.local, proto, spi) for proto in PROTECTING)
             answers = [self.lookup_missing(key) for key in keys]
             certain = all(answers)
-            living = _fitting(sad, evidence)
-        buried = _fitting(graveyard, evidence)
+            living = self._fitting(sad, evidence)
+        buried = self._fitting(graveyard, evidence)
         if living or (buried and certain):
             return self._exact([*living, *buried], evidence)
         if certain and any(not r.sa.larval for r in sad.numbered(spi)):
             self.mirror.await_spi(spi)
             return unknown("the SA with this SPI is not for these addresses")
         return MISSING
+
+    def _fitting(self, index: Index, evidence: Evidence) -> list[Record]:
+        return [
+            record
+            for record in index.numbered(evidence.spi)
+            if fits(record.sa, evidence) and not self._outbound(record.sa)
+        ]
+
+    def _outbound(self, sa: SA) -> bool:
+        """Whether a tunnel leads away from here; kernels before 6.10 do not tell."""
+        return sa.mode in TUNNELS and self.is_own(sa.source) and not self.is_own(sa.destination)
 
     def _exact(self, records: list[Record], evidence: Evidence) -> Verdict:
         protection = weakest(_derived(record) for record in records)
@@ -220,10 +231,6 @@ def fits(sa: SA, evidence: Evidence) -> bool:
     if sa.mode in TUNNELS:
         return sa.selector.matches(evidence.flow)
     return sa.destination == evidence.local and (sa.source == evidence.peer or not any(sa.source))
-
-
-def _fitting(index: Index, evidence: Evidence) -> list[Record]:
-    return [r for r in index.numbered(evidence.spi) if fits(r.sa, evidence)]
 
 
 def _carries(sa: SA, evidence: Evidence) -> bool:

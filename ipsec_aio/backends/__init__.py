@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from ipsec_aio.errors import BackendUnavailable
 
@@ -28,8 +29,9 @@ __all__ = [
 
 _ENVIRONMENT = "IPSEC_AIO_BACKEND"
 _STAMPS = ("use", "install", "require", "off")
-_SPECS = ("xfrm", "memory", "memory:FILE.toml")
-_LATER = ("xfrm+vici", "vici", "pfkey", "broker:")
+_SPECS = "'xfrm', 'memory' and 'memory:FILE.toml'"
+_LATER = ("xfrm+vici", "vici", "pfkey")
+_FILE = "memory:"
 
 
 class OpenBackend:
@@ -44,7 +46,7 @@ class OpenBackend:
     async def __aenter__(self) -> Backend:
         if self._backend is not None:
             raise RuntimeError("this backend is open already")
-        self._backend = await _open(self._spec, self._stamp, self._trust_policy)
+        self._backend = await self._open()
         return self._backend
 
     async def __aexit__(
@@ -56,6 +58,21 @@ class OpenBackend:
         backend, self._backend = self._backend, None
         if backend is not None:
             await backend.aclose()
+
+    async def _open(self) -> Backend:
+        if self._spec == "xfrm":
+            from .xfrm import XfrmBackend
+
+            backend = XfrmBackend(stamp=self._stamp, trust_policy=self._trust_policy)
+            await backend.start()
+            return backend
+        from .memory import MemoryBackend
+
+        if self._spec == "memory":
+            return MemoryBackend(trust_policy=self._trust_policy)
+        return MemoryBackend.from_toml(
+            Path(self._spec.removeprefix(_FILE)), trust_policy=self._trust_policy
+        )
 
 
 def open_backend(
@@ -69,49 +86,35 @@ def open_backend(
     strongSwan's socket.
 
     Raises ValueError for an unknown spec or stamp mode, NotImplementedError for what this release
-    does not have; opening raises BackendUnavailable or BackendDenied.
+    does not have; opening raises BackendUnavailable, BackendDenied, or ValueError for a faulty
+    file.
     """
     if stamp not in _STAMPS:
         raise ValueError(f"unknown stamp mode {stamp!r}; there are {', '.join(_STAMPS)}")
     if vici is not None or spec in _LATER or spec.startswith("broker:"):
-        raise NotImplementedError(
-            f"{spec!r}{' with vici=' if vici is not None else ''} is not in this release; "
-            f"there are {', '.join(_SPECS)}"
-        )
-    if spec not in ("xfrm", "memory") and not spec.startswith("memory:"):
-        raise ValueError(f"unknown backend {spec!r}; there are {', '.join(_SPECS)}")
+        what = f"{spec!r}" if vici is None else f"{spec!r} with vici="
+        raise NotImplementedError(f"{what} is not in this release; there are {_SPECS}")
+    if spec not in ("xfrm", "memory") and not (spec.startswith(_FILE) and len(spec) > len(_FILE)):
+        raise ValueError(f"unknown backend {spec!r}; there are {_SPECS}")
     return OpenBackend(spec, stamp, trust_policy)
 
 
-async def _open(spec: str, stamp: str, trust_policy: bool) -> Backend:
-    if spec == "xfrm":
-        from .xfrm import XfrmBackend
-
-        backend = XfrmBackend(stamp=stamp, trust_policy=trust_policy)
-        try:
-            await backend.start()
-        except BaseException:
-            await backend.aclose()
-            raise
-        return backend
-    from .memory import MemoryBackend
-
-    return MemoryBackend(trust_policy=trust_policy)
-
-
 _default: Backend | None = None
-_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Backend, AsyncGenerator[None]]]
-_by_loop = WeakKeyDictionary()
+# Opened because the environment says so; each with what closes it when its loop shuts down.
+_by_loop: dict[asyncio.AbstractEventLoop, tuple[Backend, AsyncGenerator[None, None]]] = {}
+_locks: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
 
 
 def set_default_backend(backend: Backend | None) -> None:
     """Set the backend that functions take where none is given; None unsets it."""
     global _default
+    if backend is not None and not isinstance(backend, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"not an open backend: {backend!r}")
     _default = backend
 
 
 def current_backend(backend: Backend | None = None) -> Backend:
-    """Return the given backend, or the default that is set or was opened on the running loop.
+    """Return the given backend, else the default, else what the running loop has opened.
 
     Raises BackendUnavailable where there is none.
     """
@@ -119,45 +122,69 @@ def current_backend(backend: Backend | None = None) -> Backend:
         return backend
     if _default is not None:
         return _default
-    try:
+    with suppress(RuntimeError):
         opened = _by_loop.get(asyncio.get_running_loop())
-    except RuntimeError:
-        opened = None
-    if opened is not None:
-        return opened[0]
+        if opened is not None:
+            return opened[0]
+    spec = os.environ.get(_ENVIRONMENT)
+    if spec:
+        raise BackendUnavailable(
+            f"the backend {spec!r} that {_ENVIRONMENT} names is not open on this loop yet: the "
+            "first endpoint opens it"
+        )
     raise BackendUnavailable(
-        "no backend: pass backend=, call ipsec_aio.set_default_backend(), or set the environment "
-        f"variable {_ENVIRONMENT} (to 'xfrm', for example)"
+        "no IPsec backend: pass backend=, or call ipsec_aio.set_default_backend(), or set the "
+        f"environment variable {_ENVIRONMENT} to {_SPECS}"
     )
 
 
-async def resolve_backend(backend: Backend | None = None) -> Backend:
-    """Return the given backend, or the default one.
+async def default_backend() -> Backend:
+    """Return the backend of those who name none.
 
-    The one that IPSEC_AIO_BACKEND names is opened at its first use on each loop, and closed by
-    the loop's ``shutdown_asyncgens``, which asyncio.run() and Runner call.
+    What ``IPSEC_AIO_BACKEND`` names is opened at its first use on each loop, and closed with the
+    loop's asynchronous generators, as asyncio.run() and Runner do. Raises BackendUnavailable where
+    there is no default, and what :func:`open_backend` raises.
     """
     spec = os.environ.get(_ENVIRONMENT)
-    if backend is not None or _default is not None or not spec:
-        return current_backend(backend)
+    if _default is not None or not spec:
+        return current_backend()
+    _sweep()
     loop = asyncio.get_running_loop()
-    if loop not in _by_loop:
-        opened = await _open_by_spec(spec)
-        _by_loop[loop] = opened, _closer(loop, opened)
-        await anext(_by_loop[loop][1])
-    return _by_loop[loop][0]
+    async with _locks.setdefault(loop, asyncio.Lock()):
+        if loop not in _by_loop:
+            backend = await open_backend(spec).__aenter__()
+            closer = _close_with(loop, backend)
+            _by_loop[loop] = backend, closer
+            await anext(closer)
+        return _by_loop[loop][0]
 
 
-default_backend = resolve_backend
+async def resolve_backend(backend: Backend | None = None) -> Backend:
+    """Return the given backend, or the default one."""
+    return await default_backend() if backend is None else backend
 
 
-async def _open_by_spec(spec: str) -> Backend:
-    return await open_backend(spec).__aenter__()
-
-
-async def _closer(loop: asyncio.AbstractEventLoop, backend: Backend) -> AsyncGenerator[None]:
+async def _close_with(
+    loop: asyncio.AbstractEventLoop, backend: Backend
+) -> AsyncGenerator[None, None]:
+    """Wait to be closed: a loop that shuts down closes its generators, on either loop's kind."""
     try:
         yield
     finally:
-        _by_loop.pop(loop, None)
+        _forget(loop)
         await backend.aclose()
+
+
+def _forget(loop: asyncio.AbstractEventLoop) -> None:
+    _by_loop.pop(loop, None)
+    _locks.pop(loop, None)
+
+
+def _sweep() -> None:
+    """Let go of loops that were closed without shutting down."""
+    for loop in [loop for loop in _by_loop if loop.is_closed()]:
+        backend, _ = _by_loop[loop]
+        _forget(loop)
+        # On a closed loop there is nothing to wait for.
+        with suppress(StopIteration):
+            backend.aclose().__await__().__next__()

@@ -2,21 +2,33 @@
 
 Rules:
 
-* It keeps two things apart, as the kernel and its observers are: what is declared, and what the
-  mirror has been told. Lost and held events make the difference.
+* It keeps apart what is declared and what the mirror has been told, as the kernel and those who
+  watch it are apart. Lost and held events make the difference.
 * It plays the stamp: traffic from a peer to a local address carries the SPI of the newest declared
-  inbound SA that fits, or mark 0. From there on it is the same resolver as everywhere.
+  inbound SA that fits, or mark 0. From there on it is the same truth table as everywhere.
+* It works on any loop, on several at once, and from their threads.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+import threading
+import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import ip_network
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipsec_aio.algorithms import (
+    AEADS,
+    AUTHENTICATORS,
+    CIPHERS,
+    COMPRESSORS,
+    NULL_CIPHER,
+)
 from ipsec_aio.enums import Direction, Mode, PolicyAction
 from ipsec_aio.events import (
     DefaultActions,
@@ -34,65 +46,69 @@ from ipsec_aio.policy import Policy, PolicyKey, Template
 from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, Algorithm, SAKey
 from ipsec_aio.truth import fits
 
+from . import declaration
 from .contract import Registration
 from .tables import TableBackend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self
+
     from ipsec_aio.evidence import Evidence
     from ipsec_aio.tokens import PToken
 
-__all__ = ["MemoryBackend"]
+__all__ = ["MemoryBackend", "selector"]
 
 _PROTOS = {"esp": IPPROTO_ESP, "ah": IPPROTO_AH, "comp": IPPROTO_COMP}
 _LAYER4 = {"any": 0, "icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132}
 _MODES = {mode.name.lower(): mode for mode in Mode}
-_DIRECTIONS = {d.name.lower(): d for d in Direction}
-_ACTIONS = {a.name.lower(): a for a in PolicyAction}
+_DIRECTIONS = {direction.name.lower(): direction for direction in Direction}
+_ACTIONS = {action.name.lower(): action for action in PolicyAction}
+_FIRST_SPI = 0x1001
+_MAX = 0xFFFFFFFF
 
-# Kernel names (net/xfrm/xfrm_algo.c): key bits that are usual, and ICV bits.
-_AEAD = {
-    "rfc4106(gcm(aes))": (160, 128),
-    "rfc4309(ccm(aes))": (152, 128),
-    "rfc4543(gcm(aes))": (160, 128),
-    "rfc7539esp(chacha20,poly1305)": (288, 128),
-}
-_ENCRYPTION = {
-    "ecb(cipher_null)": (0, 0),
-    "cbc(aes)": (128, 0),
-    "rfc3686(ctr(aes))": (160, 0),
-    "cbc(des3_ede)": (192, 0),
-    "cbc(des)": (64, 0),
-    "cbc(camellia)": (128, 0),
-    "cbc(serpent)": (128, 0),
-    "cbc(twofish)": (128, 0),
-    "cbc(blowfish)": (128, 0),
-    "cbc(cast5)": (128, 0),
-    "cbc(sm4)": (128, 0),
-}
-_AUTHENTICATION = {
-    "digest_null": (0, 0),
-    "hmac(md5)": (128, 96),
-    "hmac(sha1)": (160, 96),
-    "hmac(sha256)": (256, 128),
-    "hmac(sha384)": (384, 192),
-    "hmac(sha512)": (512, 256),
-    "hmac(rmd160)": (160, 96),
-    "hmac(sm3)": (256, 128),
-    "xcbc(aes)": (128, 96),
-    "cmac(aes)": (128, 96),
-}
-_COMPRESSION = {"deflate": (0, 0), "lzs": (0, 0), "lzjh": (0, 0)}
+
+def selector(
+    src: str = "any",
+    dst: str = "any",
+    proto: str | int = 0,
+    src_port: int = 0,
+    dst_port: int = 0,
+    ifindex: int = 0,
+) -> Selector:
+    """Build a selector from networks (``"192.0.2.0/24"``), addresses, or ``"any"``.
+
+    ``proto`` is ``"udp"``, ``"tcp"``, … or a number; port 0 is any. Raises ValueError.
+    """
+    source, source_prefix = _network(src)
+    destination, destination_prefix = _network(dst)
+    sizes = {len(address) for address in (source, destination) if address}
+    if len(sizes) > 1:
+        raise ValueError(f"{src} and {dst} are of different families")
+    return Selector(
+        source=source,
+        destination=destination,
+        source_prefix=source_prefix,
+        destination_prefix=destination_prefix,
+        source_port=_within(src_port, "src_port", 0xFFFF),
+        source_port_mask=0xFFFF if src_port else 0,
+        destination_port=_within(dst_port, "dst_port", 0xFFFF),
+        destination_port_mask=0xFFFF if dst_port else 0,
+        proto=_number(_LAYER4, proto, "proto", 255),
+        family={4: 2, 16: 10}[sizes.pop()] if sizes else 0,
+        ifindex=ifindex,
+    )
 
 
 class _Registration(Registration):
-    """A registration of a stamp that is only played."""
+    """A port under the played stamp."""
 
-    def __init__(self, backend: MemoryBackend) -> None:
-        self._backend = backend
+    def __init__(self, generation: Callable[[], int]) -> None:
+        self._generation = generation
 
     @property
     def generation(self) -> int:
-        return self._backend.generation
+        return self._generation()
 
     @property
     def reads_marks(self) -> bool:
@@ -109,26 +125,63 @@ class _Registration(Registration):
 class MemoryBackend(TableBackend):
     """SAs and policies declared by the program itself, for development and tests.
 
-    It works unopened, on any loop and on several, and as ``async with``. Addresses are text.
+    It works unopened, on any loop, and as ``async with``. Addresses are text.
     """
 
     name = "memory"
 
     def __init__(self, *, trust_policy: bool = False) -> None:
         super().__init__(trust_policy=trust_policy)
+        self._lock = threading.RLock()
+        self.resolver.lock = self._lock
         self._sas: dict[SAKey, SA] = {}
         self._policies: dict[PolicyKey, Policy] = {}
         self._defaults = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
-        self._spis = count(0x1001)
+        self._spis = count(_FIRST_SPI)
         self._indexes = count(8, 8)
         self._generations = count(1)
         self._held: list[Event] | None = None
         self._lost = False
-        self.generation = 0
-        # Traffic is stamped by what is declared, so that any change may change the stamp.
+        # Traffic is stamped by what is declared: any change may change its stamp.
         self.mirror.always_bump = True
-        self._resync()
+        self._read_again()
         self.restore_stamp()
+
+    @classmethod
+    def from_toml(cls, source: str | os.PathLike[str], *, trust_policy: bool | None = None) -> Self:
+        """Build a backend from TOML: the text itself as ``str``, or the path of a file.
+
+        ``[[sa]]`` tables take :meth:`add_sa`'s arguments, ``[[policy]]`` tables those of
+        :meth:`add_policy`, ``selector`` in an SA those of :func:`selector`; at the top there may
+        be ``default_action`` and ``trust_policy``. Raises ValueError that names the table and the
+        key, OSError where the file cannot be read.
+        """
+        where = "TOML" if isinstance(source, str) else os.fspath(source)
+        text = source if isinstance(source, str) else Path(source).read_text("utf-8")
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{where}: {error}") from error
+        with declaration.at(where):
+            top = declaration.checked(document, declaration.TOP)
+            if trust_policy is None:
+                trust_policy = bool(top.get("trust_policy", False))
+            backend = cls(trust_policy=trust_policy)
+            if "default_action" in top:
+                backend.set_default(top["default_action"])
+            for table, arguments in declaration.tables(document, "sa", declaration.SA):
+                with declaration.at(table):
+                    inner = arguments.pop("selector", None)
+                    if inner is not None:
+                        with declaration.at("selector"):
+                            arguments["selector"] = selector(
+                                **declaration.checked(inner, declaration.SELECTOR)
+                            )
+                    backend.add_sa(**arguments)
+            for table, arguments in declaration.tables(document, "policy", declaration.POLICY):
+                with declaration.at(table):
+                    backend.add_policy(**arguments)
+        return backend
 
     # SAs
 
@@ -160,76 +213,73 @@ class MemoryBackend(TableBackend):
 
         ``src`` and ``dst`` are the outer addresses; ``spi`` None takes a free one. ``proto`` is
         ``"esp"``, ``"ah"``, ``"comp"`` or an IP protocol number; ``mode`` a Mode or its name.
-        Algorithms go by their kernel names; ESP without any is AES-GCM, AH is HMAC-SHA-256,
-        IPComp is deflate. ``key_bits`` is of the AEAD or cipher, with its salt. Raises ValueError
-        for what the kernel does not know.
+        Algorithms go by the kernel's names; ESP without any is AES-GCM, with an authenticator
+        alone it encrypts nothing; AH is HMAC-SHA-256, IPComp deflate. ``key_bits`` is of the AEAD
+        or cipher, with its salt. Raises ValueError for what the kernel does not know.
         """
-        number = _name(_PROTOS, proto, "proto")
+        number = _number(_PROTOS, proto, "proto", 255)
+        if aead and (encryption or authentication):
+            raise ValueError("aead excludes encryption and authentication")
         if not (aead or encryption or authentication or compression):
             aead = "rfc4106(gcm(aes))" if number == IPPROTO_ESP else None
             authentication = "hmac(sha256)" if number == IPPROTO_AH else None
             compression = "deflate" if number == IPPROTO_COMP else None
-        if aead and (encryption or authentication):
-            raise ValueError("an AEAD excludes 'encryption' and 'authentication'")
         if number == IPPROTO_ESP and not aead and not encryption:
-            encryption = "ecb(cipher_null)"
-        destination = pack_address(dst)
-        sa = SA(
-            source=pack_address(src),
-            destination=destination,
-            proto=number,
-            spi=self._free_spi() if spi is None else _number(spi, "spi", 0xFFFFFFFF),
-            mode=Mode(_name(_MODES, mode, "mode")),
-            reqid=reqid,
-            aead=_algorithm(_AEAD, aead, "AEAD", key_bits, icv_bits),
-            encryption=_algorithm(_ENCRYPTION, encryption, "encryption", key_bits, None),
-            authentication=_algorithm(
-                _AUTHENTICATION, authentication, "authentication", auth_key_bits, icv_bits
-            ),
-            compression=_algorithm(_COMPRESSION, compression, "compression", None, None),
-            selector=selector or Selector(),
-            direction=None
-            if direction is None
-            else Direction(_name(_DIRECTIONS, direction, "direction")),
-            mark=Mark(*mark),
-            set_mark=None if set_mark is None else Mark(*set_mark),
-            if_id=if_id,
-            replay_window=replay_window,
-            esn=esn,
+            encryption = NULL_CIPHER
+        return self._put(
+            SA(
+                source=pack_address(src),
+                destination=pack_address(dst),
+                proto=number,
+                spi=self._free_spi() if spi is None else _within(spi, "spi", _MAX),
+                mode=Mode(_number(_MODES, mode, "mode", len(_MODES) - 1)),
+                reqid=_within(reqid, "reqid", _MAX),
+                aead=_algorithm(AEADS, aead, "aead", key_bits, icv_bits),
+                encryption=_algorithm(CIPHERS, encryption, "encryption", key_bits, None),
+                authentication=_algorithm(
+                    AUTHENTICATORS, authentication, "authentication", auth_key_bits, icv_bits
+                ),
+                compression=_algorithm(COMPRESSORS, compression, "compression", None, None),
+                selector=selector or Selector(),
+                direction=None
+                if direction is None
+                else Direction(_number(_DIRECTIONS, direction, "direction", 1)),
+                mark=Mark(*mark),
+                set_mark=None if set_mark is None else Mark(*set_mark),
+                if_id=_within(if_id, "if_id", _MAX),
+                replay_window=replay_window,
+                esn=esn,
+            )
         )
-        # The newest goes to the end, which is where the stamp looks first.
-        self._sas.pop(sa.key, None)
-        self._sas[sa.key] = sa
-        self._tell(SAAdded(sa))
-        return sa
+
+    def rekey(self, sa: SA, **changes: Any) -> SA:
+        """Put a new SA beside an old one, with a fresh SPI and with ``changes``, fields of SA.
+
+        The old one stays until it is deleted, as with IKE.
+        """
+        return self._put(replace(sa, **({"spi": self._free_spi()} | changes)))
 
     def delete_sa(self, sa: SA) -> None:
         """Delete an SA. Raises KeyError where there is none with its key."""
-        del self._sas[sa.key]
-        self._tell(SADeleted(sa.key))
+        with self._lock:
+            del self._sas[sa.key]
+            self._tell(SADeleted(sa.key))
 
     def expire(self, sa: SA, *, hard: bool = True) -> None:
-        """Let an SA expire: hard, and it is gone; soft, and it still works."""
-        if hard:
-            del self._sas[sa.key]
-        self._tell(SAExpired(sa, hard))
+        """Let an SA expire: hard, and it is gone; soft, and it still works.
 
-    def rekey(self, sa: SA, **changes: Any) -> SA:
-        """Put a new SA beside an old one, with a fresh SPI and the given fields changed.
-
-        The old one stays until it is deleted, as with IKE. ``changes`` are fields of SA.
+        Raises KeyError where there is none with its key.
         """
-        new = replace(sa, **({"spi": self._free_spi()} | changes))
-        self._sas.pop(new.key, None)
-        self._sas[new.key] = new
-        self._tell(SAAdded(new))
-        return new
+        with self._lock:
+            sa = self._sas.pop(sa.key) if hard else self._sas[sa.key]
+            self._tell(SAExpired(sa, hard))
 
     def flush_sas(self, proto: str | int = 0) -> None:
         """Delete all SAs, or those of one protocol."""
-        number = _name(_PROTOS, proto, "proto")
-        self._sas = {k: s for k, s in self._sas.items() if number not in (0, k.proto)}
-        self._tell(SAsFlushed(number))
+        number = _number(_PROTOS, proto, "proto", 255)
+        with self._lock:
+            self._sas = {k: sa for k, sa in self._sas.items() if number not in (0, k.proto)}
+            self._tell(SAsFlushed(number))
 
     # Policies
 
@@ -257,89 +307,96 @@ class MemoryBackend(TableBackend):
     ) -> Policy:
         """Declare a policy, or replace the one with the same key; return it.
 
-        ``src`` and ``dst`` are networks (``"192.0.2.0/24"``), addresses or ``"any"``; ``template``
-        is the protocol that the policy demands, None for none; ``tunnel_src`` and ``tunnel_dst``
-        are the template's outer addresses; ``optional`` is its level *use*.
+        ``src``, ``dst``, ``proto`` and the ports are :func:`selector`'s. ``template`` is the
+        protocol that the policy demands, or the string ``"none"`` or None for none; ``tunnel_src``
+        and ``tunnel_dst`` are the template's outer addresses; ``optional`` is its level *use*.
+        ``kind`` is 0 for a main policy, 1 for a sub policy. Raises ValueError.
         """
         templates: tuple[Template, ...] = ()
-        if template is not None:
+        if template is not None and template != "none":
             templates = (
                 Template(
-                    proto=_name(_PROTOS, template, "template"),
-                    mode=Mode(_name(_MODES, mode, "mode")),
-                    reqid=reqid,
+                    proto=_number(_PROTOS, template, "template", 255),
+                    mode=Mode(_number(_MODES, mode, "mode", len(_MODES) - 1)),
+                    reqid=_within(reqid, "reqid", _MAX),
                     source=pack_address(tunnel_src) if tunnel_src else b"",
                     destination=pack_address(tunnel_dst) if tunnel_dst else b"",
                     optional=optional,
                 ),
             )
-        way = Direction(_name(_DIRECTIONS, direction, "direction"))
-        policy = Policy(
-            selector=_selector(
-                src, dst, _name(_LAYER4, proto, "proto"), src_port, dst_port, ifindex
-            ),
-            direction=way,
-            action=PolicyAction(_name(_ACTIONS, action, "action")),
-            priority=priority,
-            index=next(self._indexes) | way,
-            templates=templates,
-            mark=Mark(*mark),
-            if_id=if_id,
-            kind=kind,
-        )
-        self._policies[policy.key] = policy
-        self._tell(PolicyAdded(policy))
-        return policy
+        way = Direction(_number(_DIRECTIONS, direction, "direction", 2))
+        with self._lock:
+            policy = Policy(
+                selector=selector(src, dst, proto, src_port, dst_port, ifindex),
+                direction=way,
+                action=PolicyAction(_number(_ACTIONS, action, "action", 1)),
+                priority=_within(priority, "priority", _MAX),
+                index=next(self._indexes) | way,
+                templates=templates,
+                mark=Mark(*mark),
+                if_id=_within(if_id, "if_id", _MAX),
+                kind=_within(kind, "kind", 1),
+            )
+            self._policies[policy.key] = policy
+            self._tell(PolicyAdded(policy))
+            return policy
 
     def delete_policy(self, policy: Policy) -> None:
         """Delete a policy. Raises KeyError where there is none with its key."""
-        del self._policies[policy.key]
-        self._tell(PolicyDeleted(policy.key, policy.index))
+        with self._lock:
+            del self._policies[policy.key]
+            self._tell(PolicyDeleted(policy.key, policy.index))
 
     def flush_policies(self, kind: int = 0) -> None:
         """Delete all policies of a type (0: main)."""
-        self._policies = {k: p for k, p in self._policies.items() if k.kind != kind}
-        self._tell(PoliciesFlushed(kind))
+        with self._lock:
+            self._policies = {k: p for k, p in self._policies.items() if k.kind != kind}
+            self._tell(PoliciesFlushed(kind))
 
-    def set_default(self, inbound: str | PolicyAction) -> None:
-        """Say what happens to inbound traffic that no policy covers."""
-        action = PolicyAction(_name(_ACTIONS, inbound, "action"))
-        self._defaults = DefaultActions(action, action, PolicyAction.ALLOW)
-        self._tell(self._defaults)
+    def set_default(self, action: str | PolicyAction) -> None:
+        """Say what happens to inbound traffic that no policy covers: ``"allow"`` or ``"block"``."""
+        inbound = PolicyAction(_number(_ACTIONS, action, "default action", 1))
+        with self._lock:
+            self._defaults = DefaultActions(inbound, inbound, PolicyAction.ALLOW)
+            self._tell(self._defaults)
 
     # Mishaps
 
     def hold_events(self) -> None:
-        """Let events be late: what is declared from now on is not seen before release_events()."""
-        if self._held is None:
-            self._held = []
+        """Let events be late: what changes from now on is not told before release_events()."""
+        with self._lock:
+            if self._held is None:
+                self._held = []
 
     def release_events(self) -> None:
-        """Deliver the events that were held."""
-        held, self._held = self._held or [], None
-        self.take(held)
+        """Tell what was held."""
+        with self._lock:
+            held, self._held = self._held or [], None
+            self.take(held)
 
     def lose_events(self) -> None:
-        """Play an overrun: events are lost and tokens UNKNOWN until recover()."""
-        self._lost = True
-        self.mirror.begin_resync(self.clock())
-        self.changed()
+        """Play an overrun: events are lost, and tokens are UNKNOWN until recover()."""
+        with self._lock:
+            self._lost = True
+            self.mirror.begin_resync(self.clock())
+            self.changed()
 
     def recover(self) -> None:
-        """Read the tables again after lose_events()."""
-        self._lost = False
-        self._held = None
-        self._resync()
+        """Read the tables again, after lose_events()."""
+        with self._lock:
+            self._lost = False
+            self._held = None
+            self._read_again()
 
     def lose_stamp(self) -> None:
-        """Play a stamp rule that vanished."""
-        self.generation = 0
-        self.set_generation(0)
+        """Play a stamp that vanished."""
+        with self._lock:
+            self.set_generation(0)
 
     def restore_stamp(self) -> None:
         """Install the stamp again, as a new generation."""
-        self.generation = next(self._generations)
-        self.set_generation(self.generation)
+        with self._lock:
+            self.set_generation(next(self._generations))
 
     # The contract
 
@@ -349,19 +406,25 @@ class MemoryBackend(TableBackend):
         return None
 
     async def register(self, protocol: int, port: int) -> Registration:
-        """Register a port; every port is covered."""
+        """Have the played stamp cover a local port; it covers every one."""
         del protocol, port
-        self.check()
-        return _Registration(self)
+        self.check_loop()
+        return _Registration(lambda: self.resolver.generation)
+
+    def drain(self) -> None:
+        """Let time pass in the mirror."""
+        with self._lock:
+            super().drain()
 
     def resolve(self, evidence: Evidence) -> PToken:
-        """Return the token for this evidence, as the played stamp would have it."""
-        if evidence.generation:
-            sa = next((s for s in self._newest() if fits(s, evidence)), None)
-            spi = 0 if sa is None else sa.spi
-            mark = int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
-            evidence = replace(evidence, mark=mark)
-        return super().resolve(evidence)
+        """Return the token for this evidence, under the stamp that it would have got."""
+        with self._lock:
+            if evidence.generation:
+                newest = reversed(self._sas.values())
+                spi = next((sa.spi for sa in newest if fits(sa, evidence)), 0)
+                mark = int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
+                evidence = replace(evidence, mark=mark)
+            return super().resolve(evidence)
 
     def lookup_missing(self, key: SAKey) -> bool:
         """Answer as GETSA would, unless events are held."""
@@ -372,20 +435,28 @@ class MemoryBackend(TableBackend):
             self.mirror.apply(SAAdded(sa), self.clock())
         return True
 
+    async def aclose(self) -> None:
+        """Stop; tokens stay readable. Idempotent."""
+        with self._lock:
+            await super().aclose()
+
     # Inside
 
-    def _newest(self) -> Iterator[SA]:
-        return reversed(self._sas.values())
+    def _put(self, sa: SA) -> SA:
+        with self._lock:
+            # The newest stands at the end, where the stamp looks first.
+            self._sas.pop(sa.key, None)
+            self._sas[sa.key] = sa
+            self._tell(SAAdded(sa))
+        return sa
 
     def _tell(self, event: Event) -> None:
-        if self._lost:
-            return
         if self._held is not None:
             self._held.append(event)
-        else:
+        elif not self._lost:
             self.take((event,))
 
-    def _resync(self) -> None:
+    def _read_again(self) -> None:
         now = self.clock()
         self.mirror.begin_resync(now)
         for sa in self._sas.values():
@@ -396,27 +467,31 @@ class MemoryBackend(TableBackend):
         self.mirror.finish_resync(now)
         self.changed()
 
+    def _tick(self) -> None:
+        with self._lock:
+            super()._tick()
+
     def _free_spi(self) -> int:
         used = {key.spi for key in self._sas}
         return next(spi for spi in self._spis if spi not in used)
 
 
-def _name(names: dict[str, Any], value: str | int, what: str) -> int:
-    if isinstance(value, str):
-        if value not in names:
-            raise ValueError(f"unknown {what} {value!r}; there are {', '.join(sorted(names))}")
-        return int(names[value])
+def _number(names: Mapping[str, int], value: str | int, what: str, limit: int) -> int:
+    if isinstance(value, int):
+        return _within(value, what, limit)
+    if value not in names:
+        raise ValueError(f"unknown {what} {value!r}; there are {', '.join(sorted(names))}")
+    return int(names[value])
+
+
+def _within(value: int, what: str, limit: int) -> int:
+    if not 0 <= value <= limit:
+        raise ValueError(f"{what} {value} is not between 0 and {limit}")
     return int(value)
 
 
-def _number(value: int, what: str, limit: int) -> int:
-    if not 0 <= value <= limit:
-        raise ValueError(f"{what} {value} is not between 0 and {limit}")
-    return value
-
-
 def _algorithm(
-    known: dict[str, tuple[int, int]],
+    known: Mapping[str, tuple[int, int]],
     name: str | None,
     what: str,
     key_bits: int | None,
@@ -432,31 +507,10 @@ def _algorithm(
     )
 
 
-def _selector(
-    src: str, dst: str, proto: int, src_port: int, dst_port: int, ifindex: int
-) -> Selector:
-    source, source_prefix = _network(src)
-    destination, destination_prefix = _network(dst)
-    sizes = {len(a) for a in (source, destination) if a}
-    if len(sizes) > 1:
-        raise ValueError(f"{src} and {dst} are of different families")
-    return Selector(
-        source=source,
-        destination=destination,
-        source_prefix=source_prefix,
-        destination_prefix=destination_prefix,
-        source_port=src_port,
-        source_port_mask=0xFFFF if src_port else 0,
-        destination_port=dst_port,
-        destination_port_mask=0xFFFF if dst_port else 0,
-        proto=proto,
-        family={4: 2, 16: 10}[sizes.pop()] if sizes else 0,
-        ifindex=ifindex,
-    )
-
-
 def _network(text: str) -> tuple[bytes, int]:
     if text == "any":
         return b"", 0
     network = ip_network(text, strict=False)
-    return unmap(network.network_address.packed), network.prefixlen
+    packed = network.network_address.packed
+    address = unmap(packed)
+    return address, network.prefixlen - 8 * (len(packed) - len(address))

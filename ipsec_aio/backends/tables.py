@@ -7,6 +7,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ipsec_aio.errors import BackendUnavailable
@@ -157,8 +158,7 @@ class TableBackend(Backend):
 
         def unsubscribe() -> None:
             subscriber.callback = None
-            if subscriber in self._subscribers:
-                self._subscribers.remove(subscriber)
+            self._discard(subscriber)
 
         return unsubscribe
 
@@ -177,14 +177,18 @@ class TableBackend(Backend):
 
     # Waiting
 
+    def _discard(self, subscriber: _Subscriber) -> None:
+        if subscriber in self._subscribers:
+            self._subscribers.remove(subscriber)
+
     def _call(self, subscriber: _Subscriber) -> None:
         if subscriber.due:
             return
         if subscriber.loop.is_closed():
-            self._subscribers.remove(subscriber)
+            self._discard(subscriber)
             return
         subscriber.due = True
-        subscriber.loop.call_soon_threadsafe(subscriber.run)
+        _call_on(subscriber.loop, subscriber.run)
 
     async def _wait(self, token: PToken, timeout: float | None) -> None:  # noqa: ASYNC109
         waiter = token, asyncio.get_running_loop().create_future()
@@ -197,11 +201,9 @@ class TableBackend(Backend):
             self._waiters.remove(waiter)
 
     def _settled(self, token: PToken) -> None:
-        for waiting, future in self._waiters:
+        for waiting, future in list(self._waiters):
             if waiting is token:
-                loop = future.get_loop()
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(_finish, future)
+                _call_on(future.get_loop(), _finish, future)
 
     def _arm(self) -> None:
         """See to it that time passes also when nobody drains."""
@@ -231,6 +233,12 @@ class TableBackend(Backend):
         self.mirror.advance(self.clock())
         self.resolver.settle_all()
         self.changed()
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
+    # It may be another thread's loop, which may be closed at any moment.
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback, *args)
 
 
 def _finish(future: asyncio.Future[None]) -> None:
