@@ -130,7 +130,7 @@ class DatagramTransport(asyncio.DatagramTransport):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return information about the transport."""
         if name == "ptoken":
-            return self._ptoken() if self._peer else default
+            return self._ptoken() if self._peer is not None else default
         return super().get_extra_info(name, default)
 
     def set_protocol(self, protocol: AnyProtocol) -> None:
@@ -144,7 +144,7 @@ class DatagramTransport(asyncio.DatagramTransport):
         return cast("asyncio.BaseProtocol", self._protocol)
 
     def _ptoken(self) -> PToken | None:
-        return self._witness.token_of(self._peer) if self._peer else None
+        return self._witness.token_of(self._peer) if self._peer is not None else None
 
     def _connection_made(self) -> None:
         token = self._ptoken()
@@ -302,7 +302,7 @@ class DatagramTransport(asyncio.DatagramTransport):
 
     def _send(self, data: bytes | bytearray | memoryview, addr: Any) -> None:
         assert self._sock is not None  # noqa: S101
-        if self._peer:
+        if self._peer is not None:
             self._sock.send(data)
         else:
             self._sock.sendto(data, addr)
