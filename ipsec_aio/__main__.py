@@ -17,6 +17,7 @@ from ipsec_aio.errors import IPsecError
 
 __all__ = ["main"]
 
+_NAME = "ipsec_aio"
 _COMMANDS = ("stamp", "demo")
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _version() -> str:
     try:
-        return version("ipsec_aio")
+        return version(_NAME)
     except PackageNotFoundError:
         return "(not installed)"
 
