@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ipsec_aio.backends import resolve_backend
 from ipsec_aio.errors import BackendError
-from ipsec_aio.evidence import IPPROTO_UDP
+from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
 from ipsec_aio.log import net_logger
 from ipsec_aio.require import Require
 
@@ -146,7 +146,7 @@ class _Opened:
     async def bind(self, backend: Backend, address: Any) -> None:
         if address is None:
             return
-        if runs_udp(self._sock) and address[1]:
+        if runs_udp(self._sock) and 0 < address[1] < 65536:
             self._registration = await backend.register(IPPROTO_UDP, address[1])
             self._covered = self._registration.generation
         self._sock.bind(address)
@@ -263,13 +263,24 @@ async def _resolve(
     loop: asyncio.AbstractEventLoop, address: tuple[Any, Any], family: int, proto: int, flags: int
 ) -> Sequence[_Info]:
     host, port = address
-    if isinstance(host, str) and isinstance(port, int) and proto in (0, IPPROTO_UDP):
+    if isinstance(host, str) and proto in (0, IPPROTO_TCP, IPPROTO_UDP):
+        number = _port_number(port)
         for kind, rest in ((socket.AF_INET, ()), (socket.AF_INET6, (0, 0))):
-            if family in (0, kind) and _is_numeric(kind, host):
-                return [(kind, socket.SOCK_DGRAM, IPPROTO_UDP, "", (host, port, *rest))]
+            if number is not None and family in (0, kind) and _is_numeric(kind, host):
+                return [(kind, socket.SOCK_DGRAM, IPPROTO_UDP, "", (host, number, *rest))]
     return await loop.getaddrinfo(
         host, port, family=family, type=socket.SOCK_DGRAM, proto=proto, flags=flags
     )
+
+
+def _port_number(port: Any) -> int | None:
+    """The port as a number; None for the name of a service."""
+    if port in (None, "", b""):
+        return 0
+    try:
+        return int(port)
+    except (TypeError, ValueError):
+        return None
 
 
 def _is_numeric(family: int, host: str) -> bool:
