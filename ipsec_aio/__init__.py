@@ -18,8 +18,8 @@ A server that sees how each datagram was protected::
 * :func:`open_backend` says where facts come from: the kernel's tables (``"xfrm"``), or tables
   declared by the program (``"memory"``, :class:`MemoryBackend`) for development and tests.
 * :func:`create_datagram_endpoint`, :func:`create_server`, :func:`create_connection`,
-  :func:`start_server` and :func:`open_connection` are asyncio's, with ``backend=`` and
-  ``require=``.
+  :func:`start_server`, :func:`open_connection` and :func:`start_tls` are asyncio's, with
+  ``backend=`` and ``require=``.
 * A :class:`PToken` says what was proved, and :class:`Assurance` how well; :class:`Require` refuses
   what is not protected enough.
 * :func:`current_ptoken` and :func:`get_ptoken` find the token from anywhere.
