@@ -40,6 +40,9 @@ unit: .venv/ready
 lab: .venv/ready .lab/ready
 	$(LAB) -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
 
+demo: .venv/ready .lab/ready
+	@$(LAB) --limit 300 -- .venv/bin/python tests/lab/demo.py
+
 clean:
 	rm -rf build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .lab/run-*
 	find ipsec_aio tests examples -name __pycache__ -prune -exec rm -rf {} +
@@ -47,4 +50,4 @@ clean:
 distclean: clean
 	rm -rf .venv .lab
 
-.PHONY: help test lint types unit lab clean distclean
+.PHONY: help demo test lint types unit lab clean distclean

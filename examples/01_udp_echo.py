@@ -36,11 +36,9 @@ async def serve(host: str, port: int, spec: str) -> None:
         transport, _ = await ipsec_aio.create_datagram_endpoint(
             Echo, local_addr=(host, port), backend=backend
         )
-        print(f"echoing datagrams at {transport.get_extra_info('sockname')}", flush=True)
-        try:
+        with contextlib.closing(transport):
+            print(f"echoing datagrams at {transport.get_extra_info('sockname')}", flush=True)
             await asyncio.Event().wait()
-        finally:
-            transport.close()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 
 import ipsec_aio
-from ipsec_aio import ProtectionError, PToken, Require
+from ipsec_aio import ProtectionError, PToken
+
+MUST = ipsec_aio.Require(encrypted=True)
 
 
 class Datagrams(ipsec_aio.DatagramProtocol):
@@ -27,27 +29,23 @@ class Datagrams(ipsec_aio.DatagramProtocol):
 
 
 async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    ptoken: PToken = writer.get_extra_info("ptoken")
-    host = writer.get_extra_info("peername")[0]
+    ptoken, (host, *_) = writer.get_extra_info("ptoken"), writer.get_extra_info("peername")
     print(f"tcp from {host}: served, {ptoken.information_string}", flush=True)
     writer.write(b"you are safe here\n")
     writer.close()
-    await writer.wait_closed()
 
 
 async def serve(host: str, port: int, spec: str) -> None:
     async with ipsec_aio.open_backend(spec, stamp="install") as backend:
-        must = Require(encrypted=True)
         transport, _ = await ipsec_aio.create_datagram_endpoint(
-            Datagrams, local_addr=(host, port), backend=backend, require=must
+            Datagrams, (host, port), backend=backend, require=MUST
         )
-        server = await ipsec_aio.start_server(greet, host, port, backend=backend, require=must)
-        print(f"serving at {transport.get_extra_info('sockname')}", flush=True)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            transport.close()
-            server.close()
+        address = transport.get_extra_info("sockname")
+        server = await ipsec_aio.start_server(greet, *address, backend=backend, require=MUST)
+        print(f"serving at {address}", flush=True)
+        async with server:
+            with contextlib.closing(transport):
+                await server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""The demonstration: two hosts, keyed by strongSwan, a clear one next door, and the echo servers.
+
+It runs in the lab (``make demo``), shows what the servers say of each peer, and holds it against
+what the kernel and strongSwan say. Its exit status is 0 only if all of that agrees.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from queue import Queue
+
+from charon import Charon, connect
+from hosts import Host, Network
+
+from ipsec_aio.cli.transcript import Transcript
+
+PROJECT = Path(__file__).resolve().parents[2]
+PORT = 5000
+PATIENCE = 60.0
+
+
+class Server:
+    """An example that runs on bob, and the lines that it prints."""
+
+    def __init__(self, script: Transcript, bob: Host, example: str) -> None:
+        self._script = script
+        self._lines: Queue[str] = Queue()
+        path = PROJECT / "examples" / example
+        with bob:
+            self._process = subprocess.Popen(
+                [sys.executable, str(path), "--port", str(PORT)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line.rstrip())
+        self._lines.put("")
+
+    def line(self, within: float = PATIENCE) -> str:
+        """The next line."""
+        line = self._lines.get(timeout=within)
+        if line:
+            self._script.say("server", line)
+            return line
+        assert self._process.stderr is not None
+        raise SystemExit(f"the server ended:\n{self._process.stderr.read()}")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def main() -> int:
+    begin = time.monotonic()
+    script = Transcript(sys.stdout)
+    script.title("An asyncio server that knows what IPsec did: real ESP, keyed by real strongSwan")
+    with ExitStack() as stack:
+        network = stack.enter_context(closing(Network()))
+        bob, alice, mallory = (network.hosts[n] for n in ("bob", "alice", "mallory"))
+        script.step("the hosts")
+        script.say("bob", f"{bob.v4} runs examples/01_udp_echo.py and 02_tcp_echo.py")
+        script.say("alice", f"{alice.v4} has an IKEv2 connection with bob, by a shared secret")
+        script.say("mallory", f"{mallory.v4} has no IPsec at all")
+        ours, theirs = Charon(bob), Charon(alice)
+        for charon in (ours, theirs):
+            stack.enter_context(charon)
+        connect(ours, theirs)
+        for charon in (ours, theirs):
+            script.say(charon.host.name, "charon is up, trap policies are installed")
+
+        script.step("the stamp on bob, and the servers")
+        install = "-m ipsec_aio stamp install --port udp/5000 --port tcp/5000"
+        script.say("bob", f"$ python {install}")
+        for line in bob.show(sys.executable, *install.split()).splitlines():
+            script.say("", line)
+        udp, tcp = (
+            stack.enter_context(closing(Server(script, bob, name)))
+            for name in ("01_udp_echo.py", "02_tcp_echo.py")
+        )
+        udp.line()
+        tcp.line()
+        Demonstration(script, udp, tcp, ours, theirs, mallory).run()
+        script.say("", f"({time.monotonic() - begin:.0f} s)")
+    return script.end()
+
+
+class Demonstration:
+    """What is done and what must be seen."""
+
+    def __init__(
+        self,
+        script: Transcript,
+        udp: Server,
+        tcp: Server,
+        ours: Charon,
+        theirs: Charon,
+        mallory: Host,
+    ) -> None:
+        self.script, self.udp, self.tcp = script, udp, tcp
+        self.ours, self.theirs = ours, theirs
+        self.bob, self.alice, self.mallory = ours.host, theirs.host, mallory
+
+    def run(self) -> None:
+        script = self.script
+        script.step("alice sends a datagram: it meets the trap policy, and IKE begins")
+        line = self.datagram(self.alice)
+        first = self.protected("alice's datagram", line)
+
+        script.step("alice connects")
+        self.protected("alice's connection", self.connection(self.alice))
+
+        script.step("mallory does the same, in clear")
+        self.clear("mallory's datagram", self.datagram(self.mallory))
+        self.clear("mallory's connection", self.connection(self.mallory))
+
+        script.step("strongSwan rekeys in mid-stream")
+        self.theirs.rekey()
+        second = self.protected("alice's next datagram", self.datagram(self.alice))
+        script.check("it is another SA", holds=first != second)
+
+    def datagram(self, host: Host) -> str:
+        """Send datagrams until one is echoed; returns the line that the server printed of it."""
+        with host.udp() as client:
+            client.settimeout(1)
+            waits = False
+            end = time.monotonic() + PATIENCE
+            while time.monotonic() < end:
+                client.sendto(b"hello", (self.bob.v4, PORT))
+                try:
+                    client.recv(100)
+                except TimeoutError:
+                    if not waits:
+                        self.script.say(host.name, "no answer: IKE negotiates; sends until it is done")
+                    waits = True
+                    continue
+                return self.udp.line()
+        raise SystemExit("no answer")
+
+    def connection(self, host: Host) -> str:
+        """Connect and wait for the echo; returns the line that the server printed of it."""
+        with host.tcp() as client:
+            client.settimeout(PATIENCE)
+            client.connect((self.bob.v4, PORT))
+            client.sendall(b"hello")
+            client.recv(100)
+            return self.tcp.line()
+
+    def protected(self, what: str, line: str) -> int:
+        """Check that the server called it protected, by an SA that both others know."""
+        found = re.search(r"PROTECTED, EXACT, by esp/transport spi 0x([0-9a-f]{8})", line)
+        self.script.check(f"{what} is PROTECTED, and known to be (EXACT)", holds=found is not None)
+        if found is None:
+            return 0
+        spi = int(found[1], 16)
+        kernel = self.bob.show("ip", "xfrm", "state")
+        self.script.check(
+            f"`ip xfrm state` has that SA, from {self.alice.v4} to {self.bob.v4}: spi {spi:#010x}",
+            holds=re.search(
+                rf"src {self.alice.v4} dst {self.bob.v4}\s+proto esp spi {spi:#010x} ", kernel
+            )
+            is not None,
+        )
+        self.script.check(
+            "and so has strongSwan (`swanctl --list-sas`)", holds=spi in self.ours.spis()
+        )
+        return spi
+
+    def clear(self, what: str, line: str) -> None:
+        """Check that the server called it clear."""
+        self.script.check(f"{what} is seen to be CLEAR", holds=line.endswith(": CLEAR"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The examples, run as a reader would run them, on the memory backend."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+EXAMPLES = sorted((PROJECT / "examples").glob("*.py"))
+BACKEND = f"memory:{PROJECT / 'examples/peers.toml'}"
+ALICE, MALLORY = "127.0.0.2", "127.0.0.3"
+
+
+class Example:
+    """A running example: its lines as they come."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        found = re.search(r"\('127\.0\.0\.1', (\d+)\)", self.line())
+        assert found
+        self.address = ("127.0.0.1", int(found[1]))
+
+    def line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def ask(self, source: str) -> bytes:
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as client:
+            client.settimeout(10)
+            client.bind((source, 0))
+            client.sendto(b"hello", self.address)
+            return client.recv(100)
+
+    def call(self, source: str) -> bytes:
+        with socket.create_connection(self.address, 10, (source, 0)) as client:
+            client.sendall(b"hello")
+            return client.recv(100)
+
+
+@contextmanager
+def running(name: str) -> Iterator[Example]:
+    words = ["--host", "127.0.0.1", "--port", "0", "--backend", BACKEND]
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-X", "dev", str(PROJECT / "examples" / name), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONASYNCIODEBUG": "0"},
+    ) as process:
+        try:
+            yield Example(process)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert (errors, process.returncode) == ("", 0)
+
+
+def test_udp_echo() -> None:
+    with running("01_udp_echo.py") as example:
+        assert example.ask(ALICE) == b"hello"
+        assert "from 127.0.0.2" in (line := example.line())
+        assert "PROTECTED, EXACT, by esp/transport spi 0x00001001" in line
+        assert example.ask(MALLORY) == b"hello"
+        assert re.search(r"from 127\.0\.0\.3 port \d+: CLEAR$", example.line())
+
+
+def test_tcp_echo() -> None:
+    with running("02_tcp_echo.py") as example:
+        assert example.call(ALICE) == b"hello"
+        assert "PROTECTED, EXACT, by esp/transport spi 0x00001001" in example.line()
+        assert example.call(MALLORY) == b"hello"
+        assert re.search(r"from 127\.0\.0\.3 port \d+: CLEAR$", example.line())
+
+
+def test_refuse_clear() -> None:
+    with running("03_refuse_clear.py") as example:
+        assert example.ask(ALICE) == b"you are safe here\n"
+        assert "127.0.0.2: served, encrypted and authenticated by esp" in example.line()
+        assert example.call(ALICE) == b"you are safe here\n"
+        assert "tcp from 127.0.0.2: served" in example.line()
+        with pytest.raises(ConnectionResetError):
+            example.call(MALLORY)
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as client:
+            client.bind((MALLORY, 0))
+            client.sendto(b"hello", example.address)
+            assert "127.0.0.3: refused, encrypted: this is NONE (clear)" in example.line()
+
+
+def test_examples_are_short_and_use_public_names_only() -> None:
+    assert [path.name for path in EXAMPLES] == [
+        "01_udp_echo.py",
+        "02_tcp_echo.py",
+        "03_refuse_clear.py",
+    ]
+    for path in EXAMPLES:
+        text = path.read_text()
+        assert len(text.splitlines()) < 60, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module in ("__future__", "ipsec_aio"), path.name
