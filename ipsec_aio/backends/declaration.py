@@ -91,7 +91,7 @@ def checked(
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{key} is a {type(value).__name__}, not a {names}")
-        values[key] = _pair(key, cast("list[object]", value)) if kinds == _PAIR else value
+        values[key] = _pair(key, cast("list[object]", value)) if kinds is _PAIR else value
     for key in demands:
         if key not in values:
             raise ValueError(f"{key} is missing")

@@ -63,7 +63,8 @@ def running(name: str) -> Iterator[Example]:
             _, errors = process.communicate(timeout=10)
         finally:
             process.kill()
-    assert (errors, process.returncode) == ("", 0)
+    assert process.returncode == 0
+    assert not re.search("Traceback|Warning", errors), errors
 
 
 def test_udp_echo() -> None:
