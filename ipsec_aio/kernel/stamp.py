@@ -21,7 +21,7 @@ from contextlib import suppress
 from enum import IntEnum
 from typing import Literal, TypeAlias
 
-from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable
+from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
 
 from . import nfnetlink as nft
 from . import stamp_table
@@ -130,16 +130,22 @@ class Stamp:
 class KernelStamp(Stamp):
     """A stamp on nf_tables. Made by :func:`open_stamp`."""
 
-    def __init__(self, mode: StampMode, marks: Callable[[], MarkUsers]) -> None:
+    def __init__(
+        self,
+        mode: StampMode,
+        marks: Callable[[], MarkUsers],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
         super().__init__("the stamp was not looked at yet")
         self._mode = mode
         self._marks = marks
+        self._loop = loop
         self._on_change: Callable[[], None] = lambda: None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._generation = 0
         self._verified = 0
         self._marks_problem = ""
         self._state = TableState()
+        self._unread = False
         self._refusal: BackendError | None = None
         self._sysctl_refusal: BackendError | None = None
         self._owned = False
@@ -147,21 +153,18 @@ class KernelStamp(Stamp):
         self._added: set[Port] = set()
         self._tcp_ready = False
         self._closed = False
-        self._events = EventSocket()
+        self._netlink = NftSocket()
         try:
-            self._netlink = NftSocket()
+            self._events = EventSocket()
         except BaseException:
-            self._events.close()
+            self._netlink.close()
             raise
         self._sysctl = FwmarkAccept()
 
-    def start(self, loop: asyncio.AbstractEventLoop, on_change: Callable[[], None]) -> None:
+    def start(self, on_change: Callable[[], None]) -> None:
         """Take or install the stamp and watch it. Raises as the mode demands."""
-        self._loop = loop
-        loop.add_reader(self._events.fileno(), self.refresh)
+        self._loop.add_reader(self._events.fileno(), self.refresh)
         self._verify(lost=False)
-        if isinstance(self._refusal, BackendDenied):
-            raise self._refusal
         if self._mode != "use" and self._problem:
             raise self._refusal or self._why(self._problem)
         self._on_change = on_change
@@ -219,13 +222,7 @@ class KernelStamp(Stamp):
     def refresh(self) -> None:
         if self._closed:
             return
-        events = self._events.read()
-        change = (
-            _Change.LOST
-            if events is None
-            else max(map(self._weigh, events), default=_Change.NOTHING)
-        )
-        if change:
+        if change := self._news():
             self._verify(lost=change is _Change.LOST)
         self._check_sysctl()
 
@@ -245,7 +242,7 @@ class KernelStamp(Stamp):
         self._closed = True
         self._generation = 0
         self._problem = "the stamp is closed"
-        if self._loop is not None and not self._loop.is_closed():
+        if not self._loop.is_closed():
             self._loop.remove_reader(self._events.fileno())
         with suppress(BackendError):
             if self._owned:
@@ -256,6 +253,16 @@ class KernelStamp(Stamp):
         self._sysctl.close()
         self._events.close()
         self._netlink.close()
+
+    def _news(self) -> _Change:
+        try:
+            events = self._events.read()
+            if events is not None:
+                least = _Change.LOOK if events and self._unread else _Change.NOTHING
+                return max(least, *map(self._weigh, events), _Change.NOTHING)
+        except (CodecError, OSError):
+            pass
+        return _Change.LOST
 
     def _weigh(self, event: Message) -> _Change:
         if event.portid == self._netlink.portid or event.kind == nft.NEWGEN:
@@ -295,8 +302,10 @@ class KernelStamp(Stamp):
         self._marks_problem = self._marks().problem
         try:
             self._state = stamp_table.read(self._netlink)
+            self._unread = False
         except BackendError as error:
             self._state = TableState()
+            self._unread = True
             self._refusal = error
             self._problem = error.strerror or str(error)
             return
@@ -379,13 +388,13 @@ async def open_stamp(
     if mode not in ("use", "install", "require"):
         raise ValueError(f"stamp={mode!r}: it is use, install, require or off")
     try:
-        stamp = KernelStamp(mode, marks)
+        stamp = KernelStamp(mode, marks, asyncio.get_running_loop())
     except BackendUnavailable as error:
         if mode == "use":
             return Stamp(error.strerror or str(error))
         raise
     try:
-        stamp.start(asyncio.get_running_loop(), on_change)
+        stamp.start(on_change)
     except BaseException:
         stamp.close()
         raise

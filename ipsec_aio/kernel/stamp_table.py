@@ -127,6 +127,8 @@ def read(netlink: NftSocket) -> TableState:
         except NftError as error:
             if error.errno not in (errno.EINTR, errno.ENOENT):
                 raise nft.failure(error.errno, "read the tables") from None
+        except CodecError as error:
+            raise BackendError(errno.EBADMSG, f"cannot read the tables: {error}") from None
     raise BackendError(errno.EAGAIN, "cannot read the tables: they change all the time")
 
 

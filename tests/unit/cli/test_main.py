@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+import ipsec_aio.__main__
 from ipsec_aio.__main__ import main
 from ipsec_aio.cli import stamp as cli
 from ipsec_aio.errors import BackendDenied, BackendUnavailable
@@ -275,6 +277,13 @@ def test_an_error_without_errno(monkeypatch: pytest.MonkeyPatch, capsys: Capture
     monkeypatch.setattr(cli, "run", fails)
     assert main(["stamp", "status"]) == 1
     assert capsys.readouterr().err == "ipsec-aio: gone\n"
+
+
+def test_run_as_a_script(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(sys, "argv", ["ipsec-aio", "--version"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ipsec_aio.__main__.__file__), run_name="__main__")
+    assert done.value.code == 0
 
 
 def test_as_a_module() -> None:

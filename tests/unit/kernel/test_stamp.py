@@ -23,7 +23,15 @@ from hypothesis.stateful import (
 from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable
 from ipsec_aio.kernel import nfnetlink as nft
 from ipsec_aio.kernel import stamp_table
-from ipsec_aio.kernel.nfnetlink import Attributes, Message, NftSocket, Request, be32, text
+from ipsec_aio.kernel.nfnetlink import (
+    Attributes,
+    EventSocket,
+    Message,
+    NftSocket,
+    Request,
+    be32,
+    text,
+)
 from ipsec_aio.kernel.stamp import Coverage, KernelStamp, MarkUsers, Stamp, StampMode, open_stamp
 from ipsec_aio.kernel.stamp_rules import INPUT, INPUT_PRIORITY
 from ipsec_aio.kernel.stamp_sysctl import FwmarkAccept
@@ -599,6 +607,77 @@ async def test_tables_that_cannot_be_read_are_no_stamp(opened: Open, admin: NftS
     stamp.refresh()
     assert stamp.generation == 0
     assert "Operation not supported" in stamp.problem or "no nf_tables" in stamp.problem
+
+
+async def test_what_could_not_be_read_is_read_again(
+    opened: Open, admin: NftSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    persistent(admin)
+    stamp = await opened("use")
+    first = stamp.generation
+    with monkeypatch.context() as patched:
+        patched.setattr(stamp_table, "_ATTEMPTS", 0)
+        persistent(admin, replace=True)
+        stamp.refresh()
+    assert stamp.generation == 0
+    assert "change all the time" in stamp.problem
+    admin.commit([table("other")])
+    stamp.refresh()
+    assert stamp.generation > first
+
+
+async def test_an_event_socket_that_fails_costs_the_generation(
+    opened: Open, admin: NftSocket
+) -> None:
+    persistent(admin)
+    stamp = await opened("use")
+    assert isinstance(stamp, KernelStamp)
+    first = stamp.generation
+    events, stamp._events = stamp._events, cast(EventSocket, Broken())
+    stamp.refresh()
+    stamp._events = events
+    assert stamp.generation > first
+
+
+class Broken:
+    """An event socket that something happened to."""
+
+    def read(self) -> None:
+        raise OSError(errno.EIO, "broken")
+
+
+async def test_another_that_installs_at_the_same_time_wins(
+    opened: Open, admin: NftSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = stamp_table.install
+
+    def late(netlink: NftSocket, *arguments: Any, **keywords: Any) -> None:
+        monkeypatch.undo()
+        persistent(admin)
+        install(netlink, *arguments, **keywords)
+
+    monkeypatch.setattr(stamp_table, "install", late)
+    stamp = await opened("install")
+    assert stamp.generation
+    stamp.close()
+    assert stamp_table.read(admin).installed
+
+
+async def test_a_kernel_that_cannot_have_the_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nft, "_NETLINK_NETFILTER", 31)
+    stamp = await open_stamp("use")
+    assert "no nf_tables" in stamp.problem
+    stamp.close()
+    with pytest.raises(BackendUnavailable, match="no nf_tables"):
+        await open_stamp("install")
+
+
+def test_close_after_the_loop(admin: NftSocket) -> None:
+    loop = asyncio.new_event_loop()
+    stamp = loop.run_until_complete(open_stamp("install"))
+    loop.close()
+    stamp.close()
+    assert not stamp_table.read(admin).installed
 
 
 class Refusing:
