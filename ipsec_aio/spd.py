@@ -14,7 +14,7 @@ host pairs and others. :meth:`SPD.ties` therefore gives all that might be the fi
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from itertools import count
 
@@ -64,7 +64,7 @@ class _Table:
     def remove(self, entry: _Entry) -> None:
         for shape, key in _places(entry.policy):
             bucket = self.shapes[shape][key]
-            bucket.remove(entry)
+            del bucket[bisect_left(bucket, entry)]
             if not bucket:
                 del self.shapes[shape][key]
                 if not self.shapes[shape]:
@@ -168,9 +168,7 @@ class SPD:
             if _same(old.policy, policy):
                 self._by_index.pop(old.policy.index, None)
                 self._by_index[policy.index] = key
-                self._table(policy).remove(old)
                 old.policy = policy
-                self._table(policy).add(old)
                 return False
             if old.policy.priority == policy.priority:
                 rank = old.rank

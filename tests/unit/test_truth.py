@@ -1,0 +1,602 @@
+"""Every way in which evidence could be made to lie, and what is told instead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sas import (
+    CBC,
+    FAR,
+    GATE,
+    GMAC,
+    LOCAL,
+    OTHER,
+    PEER,
+    ah,
+    comp,
+    esp,
+    larval,
+    null,
+    protect,
+    seen,
+    tunnel,
+)
+
+from ipsec_aio.enums import Assurance, Direction, Mode, PolicyAction
+from ipsec_aio.events import (
+    DefaultActions,
+    PolicyAdded,
+    PolicyDeleted,
+    SAAdded,
+    SADeleted,
+    SAMigrated,
+)
+from ipsec_aio.evidence import IPPROTO_TCP
+from ipsec_aio.flow import Mark, Selector, pack_address
+from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
+from ipsec_aio.policy import Template
+from ipsec_aio.sa import SA
+from ipsec_aio.truth import MISSING, TruthTable
+
+EXACT, POLICY, NONE, UNKNOWN = (
+    Assurance.EXACT,
+    Assurance.POLICY,
+    Assurance.NONE,
+    Assurance.UNKNOWN,
+)
+
+
+class Bench:
+    """A truth table over a mirror, at a time."""
+
+    def __init__(self, *facts) -> None:
+        self.now = 100.0
+        self.mirror = Mirror()
+        self.table = TruthTable(self.mirror)
+        self.table.generation = 1
+        self.asked: list = []
+        self.answer: list | None = []
+        self.table.lookup_missing = self.lookup
+        self.mirror.begin_resync(0)
+        self.mirror.finish_resync(0)
+        self.tell(*facts)
+        self.wait(2)
+
+    def tell(self, *facts) -> None:
+        for fact in facts:
+            kind = SAAdded if isinstance(fact, SA) else PolicyAdded
+            self.mirror.apply(kind(fact), self.now)
+
+    def remove(self, sa) -> None:
+        self.mirror.apply(SADeleted(sa.key), self.now)
+
+    def wait(self, seconds) -> None:
+        self.now += seconds
+        self.mirror.advance(self.now)
+
+    def lookup(self, key) -> bool:
+        self.asked.append(key)
+        if self.answer is None:
+            return False
+        for sa in self.answer:
+            if sa.key == key:
+                self.mirror.apply(SAAdded(sa), self.now)
+        return True
+
+    def judge(self, evidence):
+        return self.table.judge(evidence, self.now)
+
+    def __call__(self, evidence):
+        return self.judge(evidence).assurance
+
+
+# By the stamp
+
+
+@pytest.mark.parametrize("sa", [esp(), null(), ah(), tunnel(), esp(source=bytes(4))])
+def test_a_stamp_names_its_sa(sa):
+    verdict = Bench(sa).judge(seen(0x1001))
+    assert verdict.assurance is EXACT
+    assert verdict.protection.integrity is True
+    assert verdict.protection.privacy is sa.encrypts
+    assert verdict.ports is None
+
+
+def test_no_security_path_is_clear():
+    bench = Bench(esp())
+    assert bench(seen(0)) is NONE
+    bench.table.opaque_interfaces = True
+    assert bench(seen(0)) is UNKNOWN
+    assert bench(seen(0x1001)) is EXACT
+
+
+def test_doubt_is_the_end_of_it():
+    verdict = Bench(esp()).judge(seen(0x1001, doubt="truncated"))
+    assert (verdict.assurance, verdict.reason) == (UNKNOWN, "truncated")
+
+
+def test_nothing_holds_during_a_resync():
+    bench = Bench(esp(), protect())
+    bench.mirror.begin_resync(bench.now)
+    for generation in (0, 1):
+        assert bench(seen(0x1001, generation=generation)) is UNKNOWN
+        assert bench(seen(0, generation=generation)) is UNKNOWN
+
+
+def test_a_mark_that_another_stamp_wrote_proves_nothing():
+    bench = Bench(esp())
+    assert bench(seen(0x1001, generation=2)) is UNKNOWN
+    bench.table.generation = 0
+    assert bench(seen(0x1001)) is UNKNOWN
+    assert bench(seen(0)) is UNKNOWN
+
+
+def test_a_spoofed_mark_without_a_stamp_is_no_evidence():
+    assert Bench(esp())(seen(0x1001, generation=0)) is UNKNOWN
+    assert Bench()(seen(0x1001, generation=0)) is NONE
+
+
+def test_a_mark_that_was_not_read_proves_nothing():
+    assert Bench(esp())(seen(mark=None)) is UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "sa",
+    [
+        esp(source=OTHER),
+        esp(destination=OTHER),
+        esp(direction=Direction.OUT),
+        esp(direction=Direction.FWD),
+        esp(source=LOCAL, destination=PEER),
+        larval(0x1001),
+        tunnel(selector=Selector(source=OTHER, source_prefix=32, family=2)),
+        tunnel(selector=Selector(proto=IPPROTO_TCP)),
+    ],
+)
+def test_an_sa_that_cannot_have_carried_it_is_not_taken(sa):
+    verdict = Bench(sa).judge(seen(0x1001))
+    assert verdict.assurance is UNKNOWN
+    assert verdict.protection.integrity is None
+
+
+def test_a_number_that_is_known_for_others_does_not_wait():
+    bench = Bench(esp(source=OTHER))
+    assert bench.judge(seen(0x1001)) is not MISSING
+    epoch = bench.mirror.epoch
+    bench.tell(tunnel())
+    assert bench.mirror.epoch != epoch
+    assert bench(seen(0x1001)) is EXACT
+
+
+def test_selectors_that_match_are_no_hindrance():
+    selector = Selector(
+        source=PEER, source_prefix=32, destination_port=5000, destination_port_mask=0xFFFF, family=2
+    )
+    verdict = Bench(tunnel(selector=selector)).judge(seen(0x1001))
+    assert verdict.assurance is EXACT
+    assert verdict.ports == (17, 5000, 0)
+    selector = Selector(source_port=40000, source_port_mask=0xFFFF)
+    assert Bench(tunnel(selector=selector)).judge(seen(0x1001)).ports == (17, 0, 40000)
+
+
+@pytest.mark.parametrize(
+    ("twin", "privacy", "integrity", "tunnel_mode"),
+    [
+        (comp(), False, False, False),
+        (replace(comp(mode=Mode.TUNNEL), proto=4), False, False, None),
+        (null(mark=Mark(1, 1)), False, True, False),
+        (ah(), False, True, False),
+        (esp(encryption=CBC, if_id=3), True, False, False),
+        (esp(aead=GMAC, mark=Mark(1, 1)), False, True, False),
+        (tunnel(), True, True, None),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_the_weakest_counts(twin, privacy, integrity, tunnel_mode, order):
+    verdict = Bench(*[esp(), twin][::order]).judge(seen(0x1001))
+    p = verdict.protection
+    assert verdict.assurance is EXACT
+    assert (p.privacy, p.integrity, p.tunnel) == (privacy, integrity, tunnel_mode)
+    assert len(p.groups) == 2
+
+
+def test_a_larval_twin_and_one_for_others_do_not_count():
+    bench = Bench(esp(), larval(0x1001, proto=51), null(source=OTHER), null(destination=OTHER))
+    assert bench.judge(seen(0x1001)).protection.privacy is True
+
+
+def test_two_tunnels_with_one_number_are_told_apart_by_their_selectors_only():
+    weak = replace(null(), source=OTHER, destination=GATE, mode=Mode.TUNNEL)
+    assert Bench(tunnel(), weak).judge(seen(0x1001)).protection.privacy is False
+    weak = replace(weak, selector=Selector(source=OTHER, source_prefix=32, family=2))
+    assert Bench(tunnel(), weak).judge(seen(0x1001)).protection.privacy is True
+
+
+def test_a_tunnel_that_leads_away_is_no_candidate_where_own_addresses_are_known():
+    away = replace(null(), source=GATE, destination=FAR, mode=Mode.TUNNEL)
+    bench = Bench(tunnel(), away)
+    assert bench.judge(seen(0x1001)).protection.privacy is False
+    bench.table.is_own = {GATE, LOCAL}.__contains__
+    assert bench.judge(seen(0x1001)).protection.privacy is True
+    assert Bench(away)(seen(0x1001)) is EXACT
+    bench = Bench(away)
+    bench.table.is_own = {GATE, LOCAL}.__contains__
+    assert bench(seen(0x1001)) is UNKNOWN
+
+
+def test_compression_beside_is_no_longer_excluded():
+    assert Bench(esp()).judge(seen(0x1001)).protection.compression is False
+    assert Bench(esp(), comp(0x77)).judge(seen(0x1001)).protection.compression is None
+    assert Bench(comp()).judge(seen(0x1001)).protection.compression is True
+
+
+# Missing and removed SAs
+
+
+def test_without_anybody_to_ask_it_waits():
+    mirror = Mirror()
+    mirror.begin_resync(0)
+    mirror.finish_resync(0)
+    table = TruthTable(mirror)
+    table.generation = 1
+    assert table.judge(seen(0x1001), 0) is MISSING
+
+
+def test_a_missing_sa_is_asked_for_once_and_then_waited_for():
+    bench = Bench()
+    bench.answer = None
+    assert bench.judge(seen(0x1001)) is MISSING
+    assert {(k.destination, k.proto, k.spi) for k in bench.asked} == {
+        (LOCAL, 50, 0x1001),
+        (LOCAL, 51, 0x1001),
+    }
+    asked = len(bench.asked)
+    assert bench.table.judge_again(seen(0x1001), bench.now + 2, bench.now) is MISSING
+    assert len(bench.asked) == asked
+
+
+def test_what_the_question_finds_counts_at_once():
+    bench = Bench()
+    bench.answer = [null()]
+    assert bench.judge(seen(0x1001)).protection.privacy is False
+    bench = Bench()
+    bench.answer = []
+    assert bench.judge(seen(0x1001)) is MISSING, "a tunnel cannot be asked for"
+
+
+def test_a_removed_sa_speaks_for_what_was_queued():
+    bench = Bench(esp())
+    bench.remove(esp())
+    assert bench(seen(0x1001)) is EXACT
+    assert esp().key in bench.asked, "its number may be in use again"
+    bench.wait(TOMBSTONE_SECONDS)
+    assert bench(seen(0x1001)) is UNKNOWN
+
+
+def test_a_removed_sa_does_not_speak_while_nobody_answers():
+    bench = Bench(esp())
+    bench.remove(esp())
+    bench.answer = None
+    assert bench.judge(seen(0x1001)) is MISSING
+
+
+def test_a_number_that_is_in_use_again_without_our_knowledge():
+    bench = Bench(esp())
+    bench.remove(esp())
+    bench.answer = [null()]
+    assert bench.judge(seen(0x1001)).protection.privacy is False
+
+
+@pytest.mark.parametrize(("first", "second"), [(esp(), null()), (null(), esp())])
+def test_a_reused_number_is_as_weak_as_either_until_the_tombstone_is_gone(first, second):
+    bench = Bench(first)
+    bench.remove(first)
+    bench.tell(second)
+    assert bench.judge(seen(0x1001)).protection.privacy is False
+    bench.wait(TOMBSTONE_SECONDS)
+    assert bench.judge(seen(0x1001)).protection.privacy is second.encrypts
+
+
+def test_an_update_in_place_is_as_weak_as_either():
+    bench = Bench(null())
+    bench.tell(esp())
+    assert bench.judge(seen(0x1001)).protection.privacy is False
+
+
+def test_what_came_after_the_deadline_does_not_count():
+    bench = Bench()
+    bench.answer = None
+    deadline = bench.now + 2
+    bench.wait(3)
+    bench.tell(esp())
+    again = bench.table.judge_again(seen(0x1001), deadline, bench.now)
+    assert (again.assurance, again is MISSING) == (UNKNOWN, False)
+
+
+def test_at_the_deadline_a_tombstone_speaks():
+    bench = Bench(esp())
+    bench.remove(esp())
+    evidence, deadline = seen(0x1001), bench.now + 2
+    assert bench.table.judge_again(evidence, deadline, bench.now) is MISSING
+    bench.wait(2.1)
+    assert bench.table.judge_again(evidence, deadline, bench.now).assurance is EXACT
+    bench.mirror.begin_resync(bench.now)
+    assert bench.table.judge_again(evidence, deadline, bench.now).assurance is UNKNOWN
+
+
+# By inference
+
+
+def inferred(**fields):
+    return seen(generation=0, **fields)
+
+
+def test_a_policy_that_demands_protection_vouches_weakly():
+    verdict = Bench(protect(), esp()).judge(inferred())
+    assert verdict.assurance is POLICY
+    assert verdict.protection.privacy is True
+    assert verdict.protection.policy == "any → any priority 10"
+
+
+def test_a_policy_speaks_only_for_what_came_after_it():
+    bench = Bench(esp())
+    bench.tell(protect())
+    assert bench(inferred()) is UNKNOWN
+    bench.wait(1)
+    assert bench(inferred()) is POLICY
+    bench.tell(protect(priority=9))
+    assert bench(inferred()) is UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        protect(Template(optional=True)),
+        protect(Template(proto=108)),
+        replace(protect(), templates=()),
+        protect(action=PolicyAction.BLOCK),
+        protect(direction=Direction.OUT),
+        protect(direction=Direction.FWD),
+        protect(index=8 | 4),
+        protect(if_id=7),
+        protect(selector=Selector(proto=IPPROTO_TCP)),
+        protect(selector=Selector(destination_port=53, destination_port_mask=0xFFFF)),
+    ],
+)
+def test_a_policy_that_demands_nothing_of_it_does_not_vouch(policy):
+    assert Bench(policy, esp())(inferred()) is UNKNOWN
+
+
+def test_without_anything_that_could_carry_it_it_is_clear():
+    assert Bench()(inferred()) is NONE
+    assert Bench(protect(Template(optional=True)))(inferred()) is NONE
+    assert Bench(esp(source=OTHER), comp(), larval())(inferred()) is NONE
+    assert Bench(tunnel())(inferred()) is UNKNOWN
+    bench = Bench(esp())
+    bench.remove(esp())
+    assert bench(inferred()) is UNKNOWN
+
+
+def test_such_a_conclusion_is_drawn_anew_after_an_addition():
+    bench = Bench()
+    assert bench(inferred()) is NONE
+    epoch = bench.mirror.epoch
+    bench.tell(esp())
+    assert bench.mirror.epoch != epoch
+
+
+def test_a_passing_policy_of_lower_number_wins():
+    bypass = replace(protect(priority=1), templates=())
+    assert Bench(protect(), bypass)(inferred()) is NONE
+
+
+def test_policies_with_one_number_must_agree():
+    other = Selector(source=PEER, source_prefix=32, family=2)
+    same = Bench(protect(), protect(selector=other, index=16), esp())
+    assert same(inferred()) is POLICY
+    bypass = replace(protect(selector=other, index=16), templates=())
+    assert Bench(protect(), bypass)(inferred()) is UNKNOWN
+    block = replace(bypass, action=PolicyAction.BLOCK)
+    assert Bench(protect(), block)(inferred()) is UNKNOWN
+
+
+def test_sub_policies_add_to_main_ones():
+    sub = replace(protect(kind=1, index=16), templates=())
+    assert Bench(protect(), sub)(inferred()) is POLICY
+    assert Bench(sub)(inferred()) is NONE
+    blocking = replace(sub, action=PolicyAction.BLOCK)
+    assert Bench(protect(), blocking)(inferred()) is UNKNOWN
+
+
+def test_where_the_default_blocks_something_else_let_it_in():
+    bench = Bench()
+    bench.mirror.apply(DefaultActions(*[PolicyAction.BLOCK] * 3), bench.now)
+    assert bench(inferred()) is UNKNOWN
+
+
+def test_interfaces_that_hide_security_paths_spoil_inference():
+    bench = Bench(protect(), esp())
+    bench.table.opaque_interfaces = True
+    assert bench(inferred()) is UNKNOWN
+    assert Bench()(inferred()) is NONE
+
+
+def test_what_a_host_sends_to_itself_meets_no_policy():
+    bench = Bench(protect(), esp(source=LOCAL))
+    assert bench(inferred(peer=LOCAL)) is UNKNOWN
+    assert bench(inferred()) is POLICY
+    bench.table.is_own = {PEER}.__contains__
+    assert bench(inferred()) is UNKNOWN
+
+
+def test_marks_that_matter_must_be_known():
+    marked = protect(mark=Mark(5, 0xFF))
+    bench = Bench(marked, esp())
+    assert bench(inferred(mark=None)) is UNKNOWN
+    assert bench(inferred(mark=5)) is POLICY
+    assert bench(inferred(mark=5, protocol=IPPROTO_TCP)) is UNKNOWN
+    bypass = replace(protect(priority=1, mark=Mark(5, 0xFF)), templates=())
+    assert Bench(protect(), bypass)(inferred(mark=5)) is NONE
+
+
+def test_interfaces_that_matter_must_be_known():
+    bypass = replace(protect(priority=1, selector=Selector(ifindex=3)), templates=())
+    bench = Bench(protect(), bypass, esp())
+    assert bench(inferred()) is UNKNOWN
+    assert bench(inferred(ifindex=2)) is POLICY
+    assert bench(inferred(ifindex=3)) is UNKNOWN
+
+
+def test_properties_are_the_weakest_of_what_meets_the_template():
+    p = (
+        Bench(protect(Template(reqid=1)), esp(reqid=1), null(2, reqid=1))
+        .judge(inferred())
+        .protection
+    )
+    assert (p.privacy, p.integrity) == (False, True)
+    p = (
+        Bench(protect(Template(reqid=1)), esp(reqid=1), null(2, reqid=2))
+        .judge(inferred())
+        .protection
+    )
+    assert p.privacy is True
+    p = Bench(protect()).judge(inferred()).protection
+    assert (p.privacy, p.integrity, p.tunnel) == (None, None, False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        Template(proto=51),
+        Template(mode=Mode.TUNNEL),
+        Template(reqid=9),
+        Template(spi=9),
+    ],
+)
+def test_sas_that_do_not_meet_the_template_lend_it_nothing(template):
+    assert Bench(protect(template), esp(reqid=1)).judge(inferred()).protection.privacy is None
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "privacy"),
+    [(FAR, GATE, True), (b"", GATE, True), (FAR, b"", True), (b"", b"", True), (OTHER, GATE, None)],
+)
+def test_templates_of_tunnels_name_outer_addresses(source, destination, privacy):
+    template = Template(mode=Mode.TUNNEL, source=source, destination=destination)
+    verdict = Bench(protect(template), tunnel()).judge(inferred())
+    assert (verdict.protection.privacy, verdict.protection.tunnel) == (privacy, True)
+    template = replace(template, source=OTHER, destination=b"")
+    assert Bench(protect(template), tunnel()).judge(inferred()).protection.privacy is None
+    template = replace(template, source=b"", destination=OTHER)
+    assert Bench(protect(template), tunnel()).judge(inferred()).protection.privacy is None
+
+
+def test_several_demanded_templates_add_up():
+    p = Bench(protect(Template(proto=51), Template()), ah(1), esp(2)).judge(inferred()).protection
+    assert (p.privacy, p.integrity, p.ipoptions) == (True, True, True)
+    assert len(p.groups) == 2
+    p = Bench(protect(Template(proto=51), Template()), ah(1)).judge(inferred()).protection
+    assert (p.privacy, p.integrity) == (None, True)
+
+
+def test_marks_that_sas_write_tell_them_apart():
+    writes = [null(1, set_mark=Mark(1, 0xFFFFFFFF)), esp(2, set_mark=Mark(2, 0xFFFFFFFF))]
+    bench = Bench(protect(), *writes)
+    assert bench.judge(inferred(mark=2)).protection.privacy is True
+    assert bench.judge(inferred(mark=1)).protection.privacy is False
+    assert bench.judge(inferred(mark=None)).protection.privacy is False
+    partly = null(3, set_mark=Mark(1, 0xFF))
+    assert Bench(protect(), partly).judge(inferred(mark=2)).protection.privacy is False
+
+
+def test_ports_belong_to_the_channel_where_the_policy_names_them():
+    selector = Selector(destination_port=5000, destination_port_mask=0xFFFF, proto=17)
+    assert Bench(protect(selector=selector), esp()).judge(inferred()).ports == (17, 5000, 0)
+
+
+def test_a_migration_does_not_lend_protection():
+    bench = Bench(protect(), esp())
+    bench.mirror.apply(SAMigrated(50, Mode.TRANSPORT, 0, PEER, LOCAL, OTHER, LOCAL), bench.now)
+    assert bench.judge(seen(0x1001)).assurance is EXACT, "a tombstone, for what was queued"
+    bench.wait(TOMBSTONE_SECONDS)
+    assert bench(seen(0x1001)) is UNKNOWN
+    assert bench(seen(0x1001, peer=OTHER)) is EXACT
+
+
+def test_removing_the_policy_ends_the_inference():
+    bench = Bench(protect(), esp())
+    bench.mirror.apply(PolicyDeleted(protect().key), bench.now)
+    assert bench(inferred()) is UNKNOWN
+
+
+# In general
+
+SIX = pack_address("2001:db8::1")
+facts = st.lists(
+    st.sampled_from(
+        [
+            esp(),
+            null(),
+            ah(),
+            comp(),
+            larval(0x1001),
+            tunnel(),
+            esp(encryption=CBC),
+            esp(0x1002),
+            esp(source=OTHER),
+            esp(direction=Direction.OUT),
+            esp(source=LOCAL, destination=PEER),
+            protect(),
+            protect(Template(optional=True)),
+            protect(action=PolicyAction.BLOCK, priority=1),
+            replace(protect(priority=1), templates=()),
+        ]
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    facts,
+    st.sampled_from([0, 0x1001, 0x1002, 0x1003]),
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from([PEER, OTHER, LOCAL]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_no_claim_without_proof(known, spi, generation, peer, synced, opaque):
+    """Whatever the tables hold: a claim of protection needs an SA that protects, for this pair."""
+    bench = Bench(*known)
+    bench.table.opaque_interfaces = opaque
+    if not synced:
+        bench.mirror.begin_resync(bench.now)
+    verdict = bench.judge(seen(spi, generation=generation, peer=peer))
+    p = verdict.protection
+    if verdict.assurance is EXACT:
+        assert synced
+        assert generation == 1
+        assert spi
+        assert p.groups
+    if verdict.assurance is NONE:
+        assert not opaque
+        assert p[:5] == (False,) * 5
+    if verdict.assurance is UNKNOWN:
+        assert p[:5] == (None,) * 5
+        assert verdict.reason
+    if p.integrity:
+        assert verdict.assurance in (EXACT, POLICY)
+        suitable = [
+            sa
+            for sa in bench.mirror.sas()
+            if sa.authenticates
+            and sa.direction is None
+            and (sa.mode is Mode.TUNNEL or (sa.source, sa.destination) == (peer, LOCAL))
+            and (generation == 0 or sa.spi == spi)
+        ]
+        assert suitable
+        if p.privacy:
+            assert any(sa.encrypts for sa in suitable)
