@@ -141,7 +141,7 @@ class Demonstration:
                     client.recv(100)
                 except TimeoutError:
                     if not waits:
-                        self.script.say(host.name, "no answer: IKE negotiates; sends until it is done")
+                        self.script.say(host.name, "no answer, IKE negotiates: she sends again")
                     waits = True
                     continue
                 return self.udp.line()
