@@ -30,9 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SAAdded:
-    """NEWSA or UPDSA."""
+    """NEWSA or UPDSA.
+
+    ``updated``: it is an UPDSA of the kernel's, which says what was asked for; of an SA that was
+    valid before, the kernel took over limits, selector, encapsulation and little else.
+    """
 
     sa: SA
+    updated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from itertools import count
 from typing import TYPE_CHECKING, cast
 
 from ipsec_aio.errors import BackendOverrun, BackendUnavailable
-from ipsec_aio.events import SAAdded, SAExpired, SAMigrated
+from ipsec_aio.events import SAAdded, SADeleted, SAExpired, SAMigrated
 from ipsec_aio.kernel.links import Links
 from ipsec_aio.kernel.netlink import (
     SocketFactory,
@@ -191,9 +191,24 @@ class XfrmBackend(TableBackend):
     def _take_event(self, event: Event) -> None:
         if isinstance(event, SAExpired) and not event.hard:
             return  # it works on, and the message does not describe it whole
+        if isinstance(event, SAAdded) and event.updated:
+            self._look_again(event.sa)
+            return
         self.mirror.apply(event, self.clock())
         if isinstance(event, SAMigrated):
             raise BackendOverrun(errno.ESTALE, "SAs migrated to other addresses")
+
+    def _look_again(self, told: SA) -> None:
+        """Take in what an update really made of an SA; it may have moved to another ``if_id``."""
+        sockets = self._sockets
+        sa = None if sockets is None else sockets.requests.sa(told.key)
+        if sa is None:
+            return  # deleted since; that event is on its way
+        now = self.clock()
+        for record in list(self.mirror.sad.numbered(sa.spi)):
+            if record.sa.key[:4] == sa.key[:4] and record.sa.if_id != sa.if_id:
+                self.mirror.apply(SADeleted(record.sa.key), now)
+        self.mirror.apply(SAAdded(sa), now)
 
     def _settle_changes(self) -> None:
         if self.mirror.epoch != self._marks_epoch:

@@ -11,7 +11,7 @@ Rules:
 * Addresses have their family's length. An IPv4-mapped IPv6 address inside an SA or a policy is
   *not* unmapped: the kernel never applies such a record to IPv4 traffic, so it must not match any.
 * DELSA, DELPOLICY, EXPIRE and POLEXPIRE name a record; what they say beside its key is not
-  complete (EXPIRE has no algorithms).
+  complete (EXPIRE has no algorithms). UPDSA says what was asked for, not what came of it.
 """
 
 from __future__ import annotations
@@ -191,6 +191,12 @@ def _sa_added(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     return (SAAdded(_sa(buffer, start, _places(buffer, start + _USERSA_INFO.size, end))),)
 
 
+def _sa_updated(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+    _need(start, end, _USERSA_INFO.size, "UPDSA")
+    sa = _sa(buffer, start, _places(buffer, start + _USERSA_INFO.size, end))
+    return (SAAdded(sa, updated=True),)
+
+
 def _sa_deleted(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _USERSA_ID.size, "DELSA")
     destination, spi, family, proto = _USERSA_ID.unpack_from(buffer, start)
@@ -305,7 +311,7 @@ def _defaults(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
 
 _DECODERS: dict[int, Callable[[Buffer, int, int], tuple[Event, ...]]] = {
     _NEWSA: _sa_added,
-    _UPDSA: _sa_added,
+    _UPDSA: _sa_updated,
     _DELSA: _sa_deleted,
     _EXPIRE: _sa_expired,
     _FLUSHSA: _sas_flushed,
