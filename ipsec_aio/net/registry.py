@@ -14,7 +14,7 @@ from ipsec_aio.kernel.sockopts import socket_cookie
 
 from .context import TokenCell
 
-__all__ = ["forget", "recall", "remember"]
+__all__ = ["recall", "remember"]
 
 _cells: WeakValueDictionary[int, TokenCell] = WeakValueDictionary()
 
@@ -30,10 +30,3 @@ def recall(sock: socket.socket) -> TokenCell | None:
     """Return the cell of a connection of ours, None for any other socket."""
     cookie = socket_cookie(sock)
     return None if cookie is None else _cells.get(cookie)
-
-
-def forget(sock: socket.socket) -> None:
-    """Drop a connection's entry before its cell goes."""
-    cookie = socket_cookie(sock)
-    if cookie is not None:
-        _cells.pop(cookie, None)

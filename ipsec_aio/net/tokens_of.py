@@ -49,6 +49,8 @@ def get_ptoken(
         if fd is None:
             raise OSError("the transport has no socket")
     if not isinstance(fd, int):
+        if not hasattr(fd, "fileno"):
+            raise TypeError(f"no socket, descriptor or transport: {fd!r}")
         fd = fd.fileno()
     # A duplicate is the same socket to the kernel, and closing it closes nothing.
     with socket.socket(fileno=os.dup(fd)) as sock:

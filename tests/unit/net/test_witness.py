@@ -1,0 +1,125 @@
+"""Evidence that needs a machine of its own: fragments, and another network namespace."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+
+import pytest
+
+import ipsec_aio
+from ipsec_aio.backends.contract import Registration
+from ipsec_aio.evidence import Evidence
+from ipsec_aio.kernel.sockopts import netns_cookie
+from ipsec_aio.net.witness import Witness
+from ipsec_aio.tokens import PToken
+
+
+class Keeping(Registration):
+    """A stamp beside which decrypted fragments are kept."""
+
+    generation = 1
+    reads_marks = True
+    keeps_fragments = True
+
+    def close(self) -> None:
+        pass
+
+
+class Asked(ipsec_aio.MemoryBackend):
+    """Keeps the last evidence."""
+
+    last: Evidence
+    cookie: int | None = None
+
+    @property
+    def netns_cookie(self) -> int | None:
+        return self.cookie
+
+    def resolve(self, evidence: Evidence) -> PToken:
+        self.last = evidence
+        return super().resolve(evidence)
+
+
+@pytest.fixture
+def small_loopback(netns: None) -> None:
+    """A loopback interface that fragments."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip(8)")
+    subprocess.run(["ip", "link", "set", "lo", "up", "mtu", "1500"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "bound", "target"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET6, "::1", "::1"),
+        (socket.AF_INET6, "::", "::ffff:127.0.0.1"),
+    ],
+)
+@pytest.mark.usefixtures("small_loopback")
+def test_the_kernel_tells_what_was_reassembled(family: int, bound: str, target: str) -> None:
+    backend = Asked()
+    with (
+        socket.socket(family, socket.SOCK_DGRAM) as receiver,
+        socket.socket(family, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind((bound, 0))
+        receiver.settimeout(5)
+        witness = Witness(receiver, backend, Keeping())
+        for size, reassembled in ((100, False), (3000, True), (100, False)):
+            sender.sendto(bytes(size), (target, receiver.getsockname()[1]))
+            witness.before()
+            data, told, flags, addr = receiver.recvmsg(65536, 512)
+            witness.after(emptied=False)
+            verdict = witness.judge(addr, told, flags)
+            assert len(data) == size
+            assert ("reassembled" in verdict.token.audit_string) == reassembled
+
+
+def test_a_socket_of_another_namespace_is_told_by_its_cookie(
+    request: pytest.FixtureRequest,
+) -> None:
+    backend = Asked()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as at_home:
+        backend.cookie = netns_cookie(at_home)
+        Witness(at_home, backend).judge(("127.0.0.1", 1), [], 0)
+        assert backend.last.doubt == "the local address is not known"
+    request.getfixturevalue("netns")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as elsewhere:
+        Witness(elsewhere, backend).judge(("127.0.0.1", 1), [], 0)
+        assert backend.last.doubt == "the socket is in another network namespace"
+
+
+def test_a_closed_backend_cannot_be_asked_for_its_namespace() -> None:
+    class Gone(Asked):
+        @property
+        def netns_cookie(self) -> int | None:
+            raise ipsec_aio.BackendUnavailable("closed")
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        backend = Gone()
+        Witness(sock, backend).judge(("127.0.0.1", 1), [], 0)
+        assert backend.last.doubt == ""
+
+
+def test_a_backend_that_fails_while_it_is_drained() -> None:
+    class Failing(Asked):
+        def drain(self) -> None:
+            raise ipsec_aio.BackendUnavailable("closed")
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        witness = Witness(sock, Failing())
+        witness.after(emptied=True)
+        verdict = witness.judge(("127.0.0.1", 1), [], 0)
+        assert not verdict.protected
+
+
+def test_a_socket_that_was_closed_has_no_place() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        witness = Witness(sock, Asked())
+    witness.after(emptied=False)
+    assert not witness.judge(("127.0.0.1", 1), [], 0).protected
