@@ -12,7 +12,6 @@ mount -t overlay -o lowerdir=/run/lab/host,upperdir=/run/lab/upper,workdir=/run/
 for directory in proc sys dev run; do
     mount --rbind "/$directory" "/run/lab/root/$directory"
 done
-mount -t tmpfs tmpfs /run/lab/root/tmp
 modules=$(readlink -f /lib/modules/"$(uname -r)")
 mkdir -p "/run/lab/root/lib/modules/$(uname -r)"
 mount --bind "$modules" "/run/lab/root/lib/modules/$(uname -r)"
