@@ -1,0 +1,153 @@
+"""A kernel's netlink side in memory, for what a real one does only by luck or where it has ESP.
+
+``FakeKernel().socket`` stands in for ``socket.socket``. It answers requests as the kernel does,
+from ``sas``, ``policies`` and ``links``, and can be told to refuse, to lie and to lose.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Callable
+from typing import cast
+
+import xfrm_messages as m
+
+from ipsec_aio.wire.netlink import attribute
+
+NETLINK_ROUTE, NETLINK_XFRM = 0, 6
+Reply = bytes | OSError
+KERNEL = (0, 0)
+
+
+def error(code: int, *, sequence: int = 0) -> bytes:
+    return m.message(2, struct.pack("=i", -code) + bytes(16), sequence=sequence)
+
+
+def done(sequence: int, *, code: int = 0, flags: int = 2) -> bytes:
+    return m.message(3, struct.pack("=i", -code), sequence=sequence, flags=flags)
+
+
+def link(ifindex: int, kind: str = "", *, message: int = 16, family: int = 0) -> bytes:
+    payload = struct.pack("=BxHiII", family, 1, ifindex, 0, 0)
+    if kind:
+        payload += attribute(18, attribute(1, kind.encode() + b"\0"))
+    return payload
+
+
+def route(kind: int) -> bytes:
+    return struct.pack("=8BI", 2, 32, 0, 0, 254, 2, 0, kind, 0)
+
+
+class FakeKernel:
+    """``answer(protocol, kind, request)`` may be replaced; it gives datagrams or an error."""
+
+    def __init__(self) -> None:
+        self.sas: list[bytes] = []
+        self.policies: list[bytes] = []
+        self.links: list[bytes] = []
+        self.local: set[bytes] = set()
+        self.opened: list[FakeSocket] = []
+        self.asked: list[int] = []
+        self.refuse: dict[int, OSError] = {}
+        self.answer: Callable[[int, int, int, bytes], list[Reply]] = self.usual_answer
+
+    def socket(self, family: int, kind: int, protocol: int) -> socket.socket:
+        assert (family, kind) == (socket.AF_NETLINK, socket.SOCK_RAW)
+        if protocol in self.refuse:
+            raise self.refuse[protocol]
+        made = FakeSocket(self, protocol)
+        self.opened.append(made)
+        return cast("socket.socket", made)
+
+    @property
+    def listening(self) -> list[FakeSocket]:
+        return [s for s in self.opened if s.groups and not s.closed]
+
+    def emit(self, *datagrams: Reply, protocol: int = NETLINK_XFRM) -> None:
+        for sock in self.listening:
+            if sock.protocol == protocol:
+                sock.queue(*datagrams)
+
+    def usual_answer(self, protocol: int, kind: int, sequence: int, payload: bytes) -> list[Reply]:
+        self.asked.append(kind)
+        if protocol == NETLINK_ROUTE:
+            if kind == 18:
+                return self.dump(16, self.links, sequence)
+            local = payload[16 : 16 + payload[1] // 8] in self.local
+            return [m.message(24, route(2 if local else 1), sequence=sequence)]
+        if kind == m.GETSA and not payload:
+            return self.dump(m.NEWSA, self.sas, sequence)
+        if kind == m.GETPOLICY:
+            return self.dump(m.NEWPOLICY, self.policies, sequence)
+        if kind == m.GETSA:
+            for info in self.sas:
+                if info[56:72] == payload[:16] and info[72:76] == payload[16:20]:
+                    return [m.message(m.NEWSA, info, sequence=sequence)]
+            return [error(errno.ESRCH, sequence=sequence)]
+        return [m.message(m.GETDEFAULT, bytes([2, 2, 2, 0]), sequence=sequence)]
+
+    def dump(self, kind: int, records: list[bytes], sequence: int) -> list[Reply]:
+        found: list[Reply] = [m.message(kind, r, sequence=sequence, flags=2) for r in records]
+        return [*found, done(sequence)]
+
+
+class FakeSocket:
+    """Datagrams come through a real descriptor, so that loops see them."""
+
+    def __init__(self, kernel: FakeKernel, protocol: int) -> None:
+        self.kernel = kernel
+        self.protocol = protocol
+        self.groups: list[int] = []
+        self.closed = False
+        self.waiting: list[Reply] = []
+        self.sender = KERNEL
+        self.flags = 0
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._ours.setblocking(False)
+        self._theirs.setblocking(False)
+
+    def setblocking(self, flag: bool) -> None:
+        assert not flag
+
+    def bind(self, address: tuple[int, int]) -> None:
+        assert address == KERNEL
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        if (level, option) == (270, 1):
+            self.groups.append(value)
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def send(self, data: bytes) -> int:
+        self._ours.send(b"")  # raises once closed
+        self._theirs.recv(1)
+        size, kind, flags, sequence, _ = struct.unpack_from("=IHHII", data)
+        assert size == len(data)
+        assert flags & 1
+        self.queue(*self.kernel.answer(self.protocol, kind, sequence, data[16:]))
+        return len(data)
+
+    def queue(self, *replies: Reply) -> None:
+        for reply in replies:
+            self.waiting.append(reply)
+            self._theirs.send(b"!")
+
+    def recvmsg_into(
+        self, buffers: list[memoryview]
+    ) -> tuple[int, list[object], int, tuple[int, int]]:
+        self._ours.recv(1)
+        reply = self.waiting.pop(0)
+        if isinstance(reply, OSError):
+            raise reply
+        size = min(len(reply), len(buffers[0]))
+        buffers[0][:size] = reply[:size]
+        flags = self.flags | (socket.MSG_TRUNC if size < len(reply) else 0)
+        return size, [], flags, self.sender
+
+    def close(self) -> None:
+        self.closed = True
+        self._ours.close()
+        self._theirs.close()
