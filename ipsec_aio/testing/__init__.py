@@ -1,0 +1,1 @@
+"""For tests of programs and of backends that use ipsec_aio. Needs pytest."""

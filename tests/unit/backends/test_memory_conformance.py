@@ -1,0 +1,55 @@
+"""The memory backend does what every backend must."""
+
+from __future__ import annotations
+
+import pytest
+
+from ipsec_aio.backends.memory import MemoryBackend
+from ipsec_aio.testing.conformance import BackendConformance, Bench
+
+
+class MemoryBench(Bench):
+    backend: MemoryBackend
+
+    def __init__(self, backend: MemoryBackend) -> None:
+        super().__init__(backend)
+        self.sas: dict = {}
+        self.policies: dict = {}
+        self.late = 0.0
+        clock = backend.clock
+        backend.clock = backend.resolver.clock = lambda: clock() + self.late
+
+    async def add_sa(self, *, src, dst, spi, proto="esp", **fields):
+        self.sas[src, dst, spi, proto] = self.backend.add_sa(
+            src=src, dst=dst, spi=spi, proto=proto, **fields
+        )
+
+    async def delete_sa(self, *, src, dst, spi, proto="esp"):
+        self.backend.delete_sa(self.sas[src, dst, spi, proto])
+
+    async def flush_sas(self):
+        self.backend.flush_sas()
+
+    async def add_policy(self, *, src, dst, direction="in", proto="esp", **fields):
+        self.policies[src, dst, direction] = self.backend.add_policy(
+            src=src, dst=dst, direction=direction, template=proto, **fields
+        )
+
+    async def delete_policy(self, *, src, dst, direction="in"):
+        self.backend.delete_policy(self.policies[src, dst, direction])
+
+    async def lose_events(self):
+        self.backend.lose_events()
+
+    async def recover(self):
+        self.backend.recover()
+
+    async def pass_time(self, seconds):
+        self.late += seconds
+
+
+class TestMemory(BackendConformance):
+    @pytest.fixture(params=[False, True], ids=["", "trust_policy"])
+    async def bench(self, request):
+        async with MemoryBackend(trust_policy=request.param) as backend:
+            yield MemoryBench(backend)
