@@ -145,7 +145,7 @@ class BackendConformance:
 
     async def _sa(self, bench: Bench, spi: int, **fields: str | int) -> None:
         arguments = {"src": bench.peer, "dst": bench.local, "aead": GCM} | fields
-        await bench.add_sa(spi=spi, **arguments)  # type: ignore[arg-type]  # pyright: ignore
+        await bench.add_sa(spi=spi, **arguments)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
     async def test_clear_traffic_is_known_to_be_clear(self, bench: Bench) -> None:
         token = await self._arrive(bench, 0)
@@ -179,7 +179,7 @@ class BackendConformance:
     async def test_properties_are_the_sa_s(
         self, bench: Bench, fields: dict[str, str], privacy: bool, integrity: bool
     ) -> None:
-        await bench.add_sa(src=bench.peer, dst=bench.local, spi=0x1001, **fields)  # type: ignore[arg-type]  # pyright: ignore
+        await bench.add_sa(src=bench.peer, dst=bench.local, spi=0x1001, **fields)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         token = await self._arrive(bench, 0x1001)
         assert token.assurance is Assurance.EXACT
         assert token.privacy_protected is privacy
