@@ -32,7 +32,6 @@ from .refusals import Refusals
 from .stats import Counters, IPsecStats
 
 if TYPE_CHECKING:
-    from ipsec_aio.backends.contract import Registration
     from ipsec_aio.errors import ProtectionError
     from ipsec_aio.tokens import PToken
 
@@ -57,8 +56,10 @@ _HEADER = 8 if _SENDS_EMPTY else 0
 _Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 
 
-class DatagramTransport(asyncio.DatagramTransport):
+class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
     """Transport of one datagram socket, made by :func:`create_datagram_endpoint`.
+
+    Like asyncio's own it passes for a Transport too, and has the reading half of one.
 
     ``get_extra_info`` knows ``"socket"``, ``"sockname"``, ``"peername"`` and, on a connected
     socket, ``"ptoken"``: the PToken of what its peer sends at this moment.
@@ -72,11 +73,11 @@ class DatagramTransport(asyncio.DatagramTransport):
         sock: socket.socket,
         protocol: AnyProtocol,
         witness: Witness,
-        registration: Registration | None = None,
         *,
         address: Any = None,
         waiter: asyncio.Future[None] | None = None,
     ) -> None:
+        witness.watch()
         self._sockname = _name(sock.getsockname)
         self._peer = _name(sock.getpeername)
         super().__init__(
@@ -90,7 +91,6 @@ class DatagramTransport(asyncio.DatagramTransport):
         self._sock = sock
         self._fd = sock.fileno()
         self._witness = witness
-        self._registration = registration
         self._address = address
         ip = sock.family in (socket.AF_INET, socket.AF_INET6)
         self._receive_size = _IP_BUFFER if ip else _OTHER_BUFFER
@@ -411,12 +411,10 @@ class DatagramTransport(asyncio.DatagramTransport):
 
     def _release(self) -> None:
         if self._sock is not None:
+            self._witness.close()
             self._sock.close()
             self._sock = None
         self._backlog.clear()
-        if self._registration is not None:
-            self._registration.close()
-            self._registration = None
 
 
 def _limits(high: int | None, low: int | None) -> tuple[int, int]:

@@ -133,6 +133,8 @@ class _Opened:
     def configure(self, *, reuse_port: bool | None, allow_broadcast: bool | None) -> None:
         self._sock.setblocking(False)
         if reuse_port:
+            if not hasattr(socket, "SO_REUSEPORT"):
+                raise ValueError("reuse_port not supported by socket module")
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             except OSError as error:
@@ -184,13 +186,7 @@ class _Opened:
         witness = Witness(self._sock, backend, self._registration, require, covered=self._covered)
         waiter: asyncio.Future[None] = loop.create_future()
         transport = DatagramTransport(
-            loop,
-            self._sock,
-            protocol,
-            witness,
-            self._registration,
-            address=self._address,
-            waiter=waiter,
+            loop, self._sock, protocol, witness, address=self._address, waiter=waiter
         )
         self._handed_over = True
         if loop.get_debug():

@@ -6,7 +6,8 @@ Rules:
   for each datagram, then deliver. ``after`` drains the backend, so that a token knows at least
   what the kernel had told when the datagram was received.
 * A stamp covers a datagram only if it was verified before the datagram arrived. What may have
-  waited in the receive queue since before is in doubt, until the queue was seen empty once.
+  waited in the receive queue since before is in doubt, until the queue was seen empty once. A
+  socket that is idle when a stamp is restored is looked at right then (:meth:`Witness.watch`).
 * A verdict is kept by its raw evidence (sender and control messages) as long as the backend's
   epoch and the stamp stay as they are, and no more than ``CACHE_LIMIT`` of them.
 * A backend that is closed under a running endpoint makes everything UNKNOWN; nothing raises.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ipsec_aio.enums import Assurance
@@ -85,6 +86,7 @@ class Witness:
         self._require = require
         self._verdicts: dict[object, Verdict] = {}
         self._state: object = None
+        self._unsubscribe: Callable[[], None] = _nothing
         self._configured: int | None = None
         self._readable = self._expects_mark = self._tells_fragments = self._gap = False
         self._local = b""
@@ -93,9 +95,26 @@ class Witness:
         self._when_closed = self._check(backend.resolve(_unknown("the backend is closed")))
         self._locate()
         self._before = self._generation = self._stamp()
+        self._covered = covered or 0
         if covered is None:
-            covered = 0 if _is_readable(sock) else self._generation
-        self._covered = covered
+            self._cover()
+
+    def watch(self) -> None:
+        """Follow the stamp also while nothing arrives. Call on the loop; ends with close()."""
+        if self._registration is not None:
+            self._unsubscribe = self._backend.subscribe(self._cover)
+
+    def close(self) -> None:
+        """Stop watching and give the port back. Idempotent."""
+        self._unsubscribe()
+        if self._registration is not None:
+            self._registration.close()
+
+    def _cover(self) -> None:
+        stamp = self._stamp()
+        # In this order: what arrives after the queue was seen empty arrived after the stamp.
+        if stamp != self._covered and not _is_readable(self._sock):
+            self._covered = stamp
 
     def before(self) -> None:
         """Note which stamp is in place, before receiving."""
@@ -224,6 +243,10 @@ class Witness:
 
     def _check(self, token: PToken) -> Verdict:
         return Verdict(token, None if self._require is None else self._require.check(token))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _unknown(doubt: str) -> Evidence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
@@ -209,6 +210,24 @@ class TestTime:
         # Without a stamp an SA that might have carried it is not proof of anything.
         assert said == [Assurance.EXACT, Assurance.UNKNOWN, Assurance.UNKNOWN, Assurance.EXACT]
         await close(transport)
+
+    async def test_an_idle_socket_is_covered_as_soon_as_the_stamp_is_back(self) -> None:
+        backend = backend_with_sa()
+        transport, protocol = await endpoint(backend, HERE)
+        (stamp,) = backend.stamps
+        for generation in (0, 8):
+            stamp.generation = generation
+            backend.set_generation(generation)
+            await until(lambda: transport._witness._covered == stamp.generation)
+        with marked(SPI) as sock:
+            sock.sendto(b"x", transport.get_extra_info("sockname"))
+            ((_, _, token),) = await protocol.log.until("data")
+        assert token.assurance is Assurance.EXACT
+        await close(transport)
+        stamp.generation = 9
+        backend.set_generation(9)
+        await asyncio.sleep(0)
+        assert transport._witness._covered == 8, "nobody looks at a closed socket"
 
     async def test_a_stamp_that_comes_later_is_read(self) -> None:
         backend = backend_with_sa(generation=0, marks=False)
