@@ -2,12 +2,11 @@
 
 Rules:
 
-* asyncio's socket transports carry the token themselves: nothing stands in, a read and a write
-  cost nothing. TLS transports, and all of uvloop's, get a :class:`ForwardingTransport` in front:
-  ``write`` is the loop's own bound method, what else there is costs a call.
-* A loop picks a transport's context where it likes: asyncio reads on in the context of whoever
-  called ``resume_reading``, a TLS transport hands out the last data in that of whoever called
-  ``close``. Both are run in the connection's own.
+* asyncio's transports carry the token themselves, under TLS too: nothing stands in, a read and a
+  write cost nothing. uvloop's get a :class:`ForwardingTransport` in front: ``write`` is the loop's
+  own bound method, what else there is costs a call.
+* asyncio reads on in the context of whoever called ``resume_reading``, which may be another
+  connection's callback. So that is run in the connection's own context.
 * uvloop runs all connections of a server in one context, so there a protocol stands in that
   enters the connection's own: 40 ns a read, all in C.
 """
@@ -41,16 +40,19 @@ class Bond(NamedTuple):
 def dress(transport: asyncio.Transport, bond: Bond) -> asyncio.Transport:
     """Return the transport that the user gets for the loop's: the same where that will do."""
     own = getattr(transport, "__dict__", None)
-    if own is not None:
-        own["_ipsec_bond"] = bond
-        extra = getattr(transport, "_extra", None)
-        if isinstance(extra, dict):
-            extra["ptoken"] = bond.connection.ptoken
-            bond.connection.extra = extra
-            # No reference to the transport itself: a cycle would keep it from going at once.
-            own["resume_reading"] = partial(_resume, ref(transport), bond.context)
-            return transport
-    return ForwardingTransport(transport, bond)
+    if own is None:
+        return ForwardingTransport(transport, bond)
+    # Weak, because a cycle would keep the transport from going at once.
+    itself = ref(transport)
+    own["_ipsec_bond"] = bond
+    own["resume_reading"] = partial(_resume, itself, bond.context)
+    extra = getattr(transport, "_extra", None)
+    if isinstance(extra, dict):
+        extra["ptoken"] = bond.connection.ptoken
+        bond.connection.extra = extra
+    else:
+        own["get_extra_info"] = partial(_tell, itself, bond.connection)
+    return transport
 
 
 def undress(transport: asyncio.BaseTransport) -> asyncio.BaseTransport:
@@ -69,6 +71,18 @@ def _resume(transport: ReferenceType[asyncio.Transport], context: Context) -> No
     if target is not None:
         # A copy can be entered from inside the context itself.
         context.copy().run(type(target).resume_reading, target)
+
+
+def _tell(
+    transport: ReferenceType[asyncio.Transport],
+    connection: Connection,
+    name: str,
+    default: Any = None,
+) -> Any:
+    if name == "ptoken":
+        return connection.ptoken
+    target = transport()
+    return default if target is None else type(target).get_extra_info(target, name, default)
 
 
 class ForwardingTransport(asyncio.Transport):
@@ -102,7 +116,7 @@ class ForwardingTransport(asyncio.Transport):
         return self.raw.is_closing()
 
     def close(self) -> None:
-        self._ipsec_bond.context.copy().run(self.raw.close)
+        self.raw.close()
 
     def abort(self) -> None:
         self.raw.abort()

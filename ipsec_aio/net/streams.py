@@ -28,7 +28,7 @@ from ipsec_aio.evidence import IPPROTO_TCP
 
 from .connection import Connection, Judge
 from .context import current
-from .forward import Bond, ForwardingTransport, bond_of, dress, enter, undress
+from .forward import Bond, bond_of, dress, enter, undress
 from .listening import Listener
 from .protocols import TokenProtocol, takes_token
 from .refusals import Refusals
@@ -186,7 +186,7 @@ async def start_tls(
         return await loop.start_tls(cast("Any", transport), plain, sslcontext, **options)
     entering = enter(cast("asyncio.BaseProtocol", protocol), bond)
     made = await loop.start_tls(cast("Any", undress(transport)), entering, sslcontext, **options)
-    return None if made is None else ForwardingTransport(made, bond)
+    return None if made is None else dress(made, bond)
 
 
 class _Handover(asyncio.Protocol):
@@ -316,20 +316,24 @@ def _call(callback: Callable[..., T], *args: Any) -> T:
 def _within(context: Context, inner: Coroutine[Any, None, T]) -> Generator[Any, None, T]:
     """Run each step of a coroutine in a context, still as part of the running task."""
     step: Callable[[], Any] = partial(inner.send, None)
-    while True:
-        try:
-            waited = context.run(step)
-        except StopIteration as stop:
-            return cast("T", stop.value)
-        try:
-            yield waited
-        except GeneratorExit:
-            context.run(inner.close)
-            raise
-        except BaseException as error:
-            step = partial(inner.throw, error)
-        else:
-            step = partial(inner.send, None)
+    try:
+        while True:
+            try:
+                waited = context.run(step)
+            except StopIteration as stop:
+                return cast("T", stop.value)
+            try:
+                yield waited
+            except GeneratorExit:
+                context.run(inner.close)
+                raise
+            except BaseException as error:
+                step = partial(inner.throw, error)
+            else:
+                step = partial(inner.send, None)
+    finally:
+        # An error's traceback holds this frame: it must not hold the error.
+        del step
 
 
 def _refuse_latch(latch: object) -> None:
