@@ -166,6 +166,23 @@ class TestTime:
         assert backend.stamps[1].port == transport.get_extra_info("sockname")[1]
         await close(transport)
 
+    async def test_what_comes_right_after_bind_is_covered_already(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(HERE)
+            there = probe.getsockname()
+        with marked(SPI) as sock:
+
+            def factory() -> Tokened:
+                sock.sendto(b"early", there)
+                return Tokened()
+
+            transport, protocol = await create_datagram_endpoint(
+                factory, there, backend=backend_with_sa()
+            )
+            ((_, _, token),) = await protocol.log.until("data")
+        assert token.assurance is Assurance.EXACT
+        await close(transport)
+
     async def test_what_was_queued_before_the_port_was_covered_is_in_doubt(self) -> None:
         backend = backend_with_sa()
         own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

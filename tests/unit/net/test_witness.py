@@ -78,6 +78,28 @@ def test_the_kernel_tells_what_was_reassembled(family: int, bound: str, target: 
             assert ("reassembled" in verdict.token.audit_string) == reassembled
 
 
+def test_a_queue_seen_empty_vouches_for_the_stamp_of_before_only() -> None:
+    """The stamp changed after the queue was empty: what came between is in doubt."""
+
+    class Changing(Keeping):
+        generation = 1
+        keeps_fragments = False
+
+    told = [(socket.SOL_SOCKET, 36, bytes(4))]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        backend, stamp = Asked(), Changing()
+        witness = Witness(sock, backend, stamp)
+        doubts: list[str] = []
+        for _ in range(3):
+            witness.before()
+            stamp.generation = 2
+            witness.after(emptied=True)
+            witness.judge(("127.0.0.1", 1), told, 0)
+            doubts.append(backend.last.doubt)
+    assert doubts == [*["it may have arrived before the stamp was in place"] * 2, ""]
+
+
 def test_a_socket_of_another_namespace_is_told_by_its_cookie(
     request: pytest.FixtureRequest,
 ) -> None:
