@@ -41,7 +41,7 @@ class Index:
     def __init__(self) -> None:
         self._by_spi: dict[int, dict[int, Record]] = {}
         self._by_pair: dict[tuple[bytes, bytes], dict[int, Record]] = {}
-        self._tunnels: dict[int, Record] = {}
+        self._tunnels: dict[bytes, dict[int, Record]] = {}
 
     def add(self, record: Record) -> None:
         """Put a record in."""
@@ -49,14 +49,15 @@ class Index:
         self._by_spi.setdefault(sa.spi, {})[number] = record
         self._by_pair.setdefault((sa.source, sa.destination), {})[number] = record
         if sa.mode in _TUNNELS:
-            self._tunnels[number] = record
+            self._tunnels.setdefault(sa.source, {})[number] = record
 
     def remove(self, record: Record) -> None:
         """Take a record out."""
         sa, number = record.sa, id(record)
         _discard(self._by_spi, sa.spi, number)
         _discard(self._by_pair, (sa.source, sa.destination), number)
-        self._tunnels.pop(number, None)
+        if sa.mode in _TUNNELS:
+            _discard(self._tunnels, sa.source, number)
 
     def numbered(self, spi: int) -> Iterable[Record]:
         """Return the SAs with this SPI, whatever their protocol."""
@@ -76,9 +77,12 @@ class Index:
             self.between(bytes(len(peer)), local),
         )
 
-    def tunnels(self) -> Iterable[Record]:
-        """Return the SAs in a tunnel mode."""
-        return self._tunnels.values()
+    def tunnels(self, source: bytes | None = None) -> Iterable[Record]:
+        """Return the SAs in a tunnel mode: all, or those with this outer source address."""
+        if source is None:
+            return chain.from_iterable(group.values() for group in self._tunnels.values())
+        group = self._tunnels.get(source)
+        return () if group is None else group.values()
 
 
 def _discard(index: dict[_K, dict[int, Record]], at: _K, number: int) -> None:
@@ -88,16 +92,25 @@ def _discard(index: dict[_K, dict[int, Record]], at: _K, number: int) -> None:
         del index[at]
 
 
+def _tally(counts: dict[_K, int], what: _K, step: int) -> None:
+    count = counts.get(what, 0) + step
+    if count:
+        counts[what] = count
+    else:
+        del counts[what]
+
+
 class SAD(Index):
     """The living SAs."""
 
-    __slots__ = ("_marked", "_records", "_set_marks")
+    __slots__ = ("_compressing", "_marked", "_records", "_set_marks")
 
     def __init__(self) -> None:
         super().__init__()
         self._records: dict[SAKey, Record] = {}
         self._marked = 0
         self._set_marks: dict[Mark, int] = {}
+        self._compressing: dict[tuple[bytes, bytes], int] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -135,14 +148,12 @@ class SAD(Index):
 
     def compresses(self, source: bytes, destination: bytes) -> bool:
         """Whether there is an IPComp SA with these outer addresses."""
-        return any(r.sa.proto == IPPROTO_COMP for r in self.between(source, destination))
+        return (source, destination) in self._compressing
 
     def _count(self, sa: SA, step: int) -> None:
         if sa.mark != (0, 0) and sa.direction is not Direction.OUT:
             self._marked += step
         if sa.set_mark is not None:
-            count = self._set_marks.get(sa.set_mark, 0) + step
-            if count:
-                self._set_marks[sa.set_mark] = count
-            else:
-                del self._set_marks[sa.set_mark]
+            _tally(self._set_marks, sa.set_mark, step)
+        if sa.proto == IPPROTO_COMP:
+            _tally(self._compressing, (sa.source, sa.destination), step)

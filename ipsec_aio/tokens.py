@@ -377,6 +377,10 @@ class Resolver(TruthTable):
         for token in list(self._waiting):
             self.settle(token)
 
+    def is_pending(self, token: PToken) -> bool:
+        """Whether a token still waits for its SA."""
+        return token._pending is not None
+
     def settle(self, token: PToken) -> None:
         """Fix a pending token if that is possible by now."""
         with self.lock:

@@ -126,7 +126,6 @@ class TruthTable:
         if living or (buried and certain):
             return self._exact([*living, *buried], evidence)
         if certain and any(not r.sa.larval for r in sad.numbered(spi)):
-            self.mirror.await_spi(spi)
             return unknown("the SA with this SPI is not for these addresses")
         return MISSING
 
@@ -214,10 +213,8 @@ class TruthTable:
         tunnel = template.mode in TUNNELS
         if not tunnel:
             records = sad.transports(evidence.peer, evidence.local)
-        elif any(template.source) and any(template.destination):
-            records = sad.between(template.source, template.destination)
         else:
-            records = sad.tunnels()
+            records = sad.tunnels(template.source if any(template.source) else None)
         found = [
             _derived(r) for r in records if _meets(r.sa, template) and _carries(r.sa, evidence)
         ]
@@ -253,13 +250,8 @@ def _meets(sa: SA, template: Template) -> bool:
         and sa.mode == template.mode
         and template.reqid in (0, sa.reqid)
         and template.spi in (0, sa.spi)
-        and (
-            sa.mode not in TUNNELS
-            or (
-                (not any(template.source) or template.source == sa.source)
-                and (not any(template.destination) or template.destination == sa.destination)
-            )
-        )
+        # Of the outer addresses the kernel compares the source alone.
+        and (sa.mode not in TUNNELS or not any(template.source) or template.source == sa.source)
     )
 
 

@@ -64,8 +64,8 @@ class TableBackend(Backend):
         self.closed = False
         self._thread = 0
         self._seen = self.mirror.epoch
-        self._subscribers: list[_Subscriber] = []
-        self._waiters: list[tuple[PToken, asyncio.Future[None]]] = []
+        self._subscribers: dict[_Subscriber, None] = {}
+        self._waiters: dict[PToken, list[asyncio.Future[None]]] = {}
         self._timer: tuple[asyncio.AbstractEventLoop, float, asyncio.TimerHandle] | None = None
 
     # For subclasses
@@ -153,7 +153,7 @@ class TableBackend(Backend):
         """Have ``callback()`` called on the running loop soon after the epoch changed."""
         self.check_loop()
         subscriber = _Subscriber(callback, asyncio.get_running_loop())
-        self._subscribers.append(subscriber)
+        self._subscribers[subscriber] = None
         self._arm()
 
         def unsubscribe() -> None:
@@ -178,8 +178,7 @@ class TableBackend(Backend):
     # Waiting
 
     def _discard(self, subscriber: _Subscriber) -> None:
-        if subscriber in self._subscribers:
-            self._subscribers.remove(subscriber)
+        self._subscribers.pop(subscriber, None)
 
     def _call(self, subscriber: _Subscriber) -> None:
         if subscriber.due:
@@ -191,19 +190,23 @@ class TableBackend(Backend):
         _call_on(subscriber.loop, subscriber.run)
 
     async def _wait(self, token: PToken, timeout: float | None) -> None:  # noqa: ASYNC109
-        waiter = token, asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(token, [])
+        waiters.append(future)
         self._arm()
         try:
-            async with asyncio.timeout(timeout):
-                await waiter[1]
+            # Another thread may have settled it just now.
+            if self.resolver.is_pending(token):
+                async with asyncio.timeout(timeout):
+                    await future
         finally:
-            self._waiters.remove(waiter)
+            waiters.remove(future)
+            if not waiters:
+                self._waiters.pop(token, None)
 
     def _settled(self, token: PToken) -> None:
-        for waiting, future in list(self._waiters):
-            if waiting is token:
-                _call_on(future.get_loop(), _finish, future)
+        for future in list(self._waiters.get(token, ())):
+            _call_on(future.get_loop(), _finish, future)
 
     def _arm(self) -> None:
         """See to it that time passes also when nobody drains."""

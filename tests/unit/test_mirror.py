@@ -163,6 +163,9 @@ def test_an_addition_changes_the_epoch_where_it_matters(mirror):
     assert bumps(mirror, SAAdded(esp(1))), "a tombstone's number"
     mirror.await_spi(7)
     assert bumps(mirror, SAAdded(esp(7))), "awaited"
+    mirror.await_spi(6)
+    mirror.bump()
+    assert not bumps(mirror, SAAdded(esp(6))), "whoever waited was told to ask again"
     assert not bumps(mirror, SAAdded(esp(8)))
     mirror.additions_matter = True
     assert bumps(mirror, SAAdded(esp(9)))
