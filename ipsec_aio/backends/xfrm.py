@@ -15,7 +15,6 @@ import asyncio
 import errno
 import socket
 from contextlib import ExitStack
-from itertools import count
 from typing import TYPE_CHECKING, cast
 
 from ipsec_aio.errors import BackendOverrun, BackendUnavailable
@@ -69,6 +68,7 @@ class XfrmBackend(TableBackend):
         socket_factory: SocketFactory = socket.socket,
     ) -> None:
         super().__init__(trust_policy=trust_policy)
+        self.resolver.is_own = self._is_own
         self._factory = socket_factory
         self._loading = False
         self._lost = False
@@ -78,7 +78,7 @@ class XfrmBackend(TableBackend):
         self._cookie: int | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._marks: object = (False, frozenset())
-        self._marks_epoch = 0
+        self._marks_matter = False
         self._link_changes = 0
         self._quiet_until = 0.0
 
@@ -123,8 +123,8 @@ class XfrmBackend(TableBackend):
             except (OSError, ValueError) as error:
                 self._lose(sockets, error)
             self._look_at_links()
+            self._look_at_marks()
         super().drain()
-        self._settle_changes()
 
     def check(self) -> None:
         """Raise BackendUnavailable when not started, closed, forked, or in another thread."""
@@ -156,18 +156,6 @@ class XfrmBackend(TableBackend):
             return False
         return True
 
-    def changed(self) -> None:
-        """Let everybody know who must, the stamp too where others began to use marks."""
-        super().changed()
-        if self._marks_epoch != self.mirror.epoch:
-            self._marks_epoch = self.mirror.epoch
-            before, self._marks = (
-                self._marks,
-                (self.mirror.has_marked_inbound(), self.mirror.set_marks),
-            )
-            if self._marks != before:
-                self._stamp.marks_changed()
-
     async def aclose(self) -> None:
         """Release everything. Idempotent. Raises BackendUnavailable on another running loop."""
         if self.closed:
@@ -189,6 +177,7 @@ class XfrmBackend(TableBackend):
     # Events
 
     def _take_event(self, event: Event) -> None:
+        self._marks_matter = True
         if isinstance(event, SAExpired) and not event.hard:
             return  # it works on, and the message does not describe it whole
         if isinstance(event, SAAdded) and event.updated:
@@ -210,16 +199,22 @@ class XfrmBackend(TableBackend):
                 self.mirror.apply(SADeleted(record.sa.key), now)
         self.mirror.apply(SAAdded(sa), now)
 
-    def _settle_changes(self) -> None:
-        if self.mirror.epoch != self._marks_epoch:
-            self.changed()
-
     def _look_at_links(self) -> None:
         sockets = self._sockets
         self.set_opaque_interfaces(sockets is None or sockets.links.opaque)
         if sockets is not None and sockets.links.changes != self._link_changes:
             self._link_changes = sockets.links.changes
             self.mirror.bump()
+
+    def _look_at_marks(self) -> None:
+        """Tell the stamp where others began or ceased to use marks."""
+        if not self._marks_matter:
+            return
+        self._marks_matter = False
+        marks = (self.mirror.has_marked_inbound(), self.mirror.set_marks)
+        if marks != self._marks:
+            self._marks = marks
+            self._stamp.marks_changed()
 
     # Reading everything
 
@@ -245,15 +240,16 @@ class XfrmBackend(TableBackend):
         self._loading = True
         try:
             delay = _FIRST_DELAY
-            for attempt in count(1):
+            while True:
                 try:
                     await self._load()
                     return
                 except (OSError, ValueError) as error:
                     self._close_sockets()
-                    lost = isinstance(error, BackendOverrun)
-                    if tries is not None and (attempt == tries or not lost):
-                        raise
+                    if tries is not None:
+                        tries -= 1
+                        if tries == 0 or not isinstance(error, BackendOverrun):
+                            raise
                     self._complain(error)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, _LONGEST_DELAY)
@@ -275,6 +271,8 @@ class XfrmBackend(TableBackend):
         if self._lost or not self.mirror.finish_resync(self.clock()):
             raise BackendOverrun(errno.ENOBUFS, "events were lost while the tables were read")
         self._look_at_links()
+        self._marks_matter = True
+        self._look_at_marks()
         self.changed()
 
     def _take_record(self, event: Event) -> None:
@@ -318,7 +316,10 @@ class XfrmBackend(TableBackend):
         """Leave out what goes elsewhere: before 6.10 kernels do not tell an SA's direction."""
         if not sa.mark.mask and sa.set_mark is None:
             return False  # of no interest: spare the question
-        return self._sockets is None or self._sockets.links.is_local(sa.destination)
+        return self._is_own(sa.destination)
+
+    def _is_own(self, address: bytes) -> bool:
+        return self._sockets is None or self._sockets.links.is_local(address)
 
 
 class _Sockets:

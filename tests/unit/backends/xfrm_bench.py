@@ -1,0 +1,128 @@
+"""An operator for the conformance suite who works on a kernel in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Any
+
+import xfrm_messages as m
+from fake_netlink import FakeKernel
+
+from ipsec_aio.backends.xfrm import XfrmBackend
+from ipsec_aio.flow import pack_address
+from ipsec_aio.testing.conformance import Bench
+from ipsec_aio.wire.netlink import attribute
+
+PROTOS = {"esp": 50, "ah": 51}
+MODES = {"transport": 0, "tunnel": 1, "beet": 4}
+DIRECTIONS = {"in": 0, "out": 1, "fwd": 2}
+
+
+async def synced(backend: XfrmBackend) -> None:
+    """Wait until the backend's tables are certain."""
+    while not backend.mirror.synced:
+        changed = asyncio.Event()
+        unsubscribe = backend.subscribe(changed.set)
+        if not backend.mirror.synced:
+            await changed.wait()
+        unsubscribe()
+
+
+class FakeBench(Bench):
+    """SAs and policies are added to the fake kernel, which tells of them."""
+
+    backend: XfrmBackend
+
+    def __init__(self, backend: XfrmBackend, kernel: FakeKernel) -> None:
+        super().__init__(backend)
+        self.kernel = kernel
+        self.late = 0.0
+        self.index = 0
+        kernel.local.add(pack_address(self.local))
+        clock = backend.clock
+        backend.clock = backend.resolver.clock = lambda: clock() + self.late
+
+    async def add_sa(
+        self,
+        *,
+        src: str,
+        dst: str,
+        spi: int,
+        proto: str = "esp",
+        mode: str = "transport",
+        reqid: int = 0,
+        aead: str | None = None,
+        encryption: str | None = None,
+        authentication: str | None = None,
+    ) -> None:
+        payload = m.sa_info(
+            pack_address(src),
+            pack_address(dst),
+            spi=spi,
+            proto=PROTOS[proto],
+            mode=MODES[mode],
+            reqid=reqid,
+        )
+        if aead:
+            payload += m.algorithm(18, aead, 160, 128)
+        if encryption:
+            payload += m.algorithm(2, encryption, 0 if "null" in encryption else 128)
+        if authentication:
+            payload += m.algorithm(20, authentication, 256, 128)
+        self.kernel.sas.append(payload)
+        self.kernel.emit(m.message(m.NEWSA, payload))
+
+    async def delete_sa(self, *, src: str, dst: str, spi: int, proto: str = "esp") -> None:
+        name = m.sa_id(pack_address(dst), spi=spi, proto=PROTOS[proto])
+        self.kernel.sas = [
+            s for s in self.kernel.sas if s[56:76] != name[:20] or s[76] != PROTOS[proto]
+        ]
+        self.kernel.emit(m.message(m.DELSA, name))
+
+    async def flush_sas(self) -> None:
+        self.kernel.sas.clear()
+        self.kernel.emit(m.message(m.FLUSHSA, b"\0"))
+
+    def _policy(self, src: str, dst: str, direction: str, **fields: Any) -> bytes:
+        prefixes = [0 if end == "any" else 32 for end in (src, dst)]
+        ends = [bytes(4) if end == "any" else pack_address(end) for end in (src, dst)]
+        sel = m.selector(*ends, family=2, source_prefix=prefixes[0], destination_prefix=prefixes[1])
+        self.index += 8
+        index = self.index + DIRECTIONS[direction]
+        return m.policy_info(sel, index=index, direction=DIRECTIONS[direction], **fields)
+
+    async def add_policy(
+        self,
+        *,
+        src: str,
+        dst: str,
+        direction: str = "in",
+        priority: int = 0,
+        proto: str | None = "esp",
+        mode: str = "transport",
+        reqid: int = 0,
+    ) -> None:
+        payload = self._policy(src, dst, direction, priority=priority)
+        if proto:
+            template = m.template(proto=PROTOS[proto], mode=MODES[mode], reqid=reqid)
+            payload += attribute(5, template)
+        self.kernel.policies.append(payload)
+        self.kernel.emit(m.message(m.NEWPOLICY, payload))
+
+    async def delete_policy(self, *, src: str, dst: str, direction: str = "in") -> None:
+        info = self._policy(src, dst, direction)
+        self.kernel.policies = [p for p in self.kernel.policies if p[:56] != info[:56]]
+        name = m.policy_id(info[:56], direction=DIRECTIONS[direction])
+        self.kernel.emit(m.message(m.DELPOLICY, name + attribute(7, info)))
+
+    async def lose_events(self) -> None:
+        self.kernel.emit(OSError(errno.ENOBUFS, "No buffer space available"))
+        self.backend.drain()
+
+    async def recover(self) -> None:
+        await synced(self.backend)
+
+    async def pass_time(self, seconds: float) -> None:
+        self.backend.drain()
+        self.late += seconds
