@@ -35,7 +35,7 @@ from .events import (
 )
 from .flow import Flow, Mark
 from .policy import Policy, Template
-from .sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, SAKey, Usage
+from .sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, SAKey
 from .sad import SAD, Index, Record
 from .spd import SPD
 
@@ -63,7 +63,6 @@ POLICY_AGE = 1.0
 _IPSEC_PROTO_ANY = 255
 _IPSEC_PROTOS = (IPPROTO_ESP, IPPROTO_AH, IPPROTO_COMP)
 _ALLOWED = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
-_NO_USAGE = Usage()
 _T = TypeVar("_T", SA, Template)
 
 
@@ -282,7 +281,7 @@ class Mirror:
             case PoliciesFlushed(kind):
                 if self.spd.flush(kind):
                     self.bump()
-            case DefaultActions():
+            case _:
                 if event != self._tables.defaults:
                     self._tables.defaults = event
                     self.bump()
@@ -395,4 +394,4 @@ def _moved(event: SAMigrated, item: _T) -> _T:
 
 def _same(one: SA, other: SA) -> bool:
     """Whether two SAs of one key protect alike: counters and lifetimes do not count."""
-    return replace(one, usage=_NO_USAGE, lifetime=other.lifetime) == replace(other, usage=_NO_USAGE)
+    return one == other or one == replace(other, usage=one.usage, lifetime=one.lifetime)

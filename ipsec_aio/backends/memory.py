@@ -138,6 +138,7 @@ class MemoryBackend(TableBackend):
         self._policies: dict[PolicyKey, Policy] = {}
         self._defaults = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
         self._spis = count(_FIRST_SPI)
+        self._chosen: set[int] = set()
         self._indexes = count(8, 8)
         self._generations = count(1)
         self._held: list[Event] | None = None
@@ -218,6 +219,8 @@ class MemoryBackend(TableBackend):
         or cipher, with its salt. Raises ValueError for what the kernel does not know.
         """
         number = _number(_PROTOS, proto, "proto", 255)
+        if spi is not None:
+            self._chosen.add(spi)
         if aead and (encryption or authentication):
             raise ValueError("aead excludes encryption and authentication")
         if not (aead or encryption or authentication or compression):
@@ -257,7 +260,11 @@ class MemoryBackend(TableBackend):
 
         The old one stays until it is deleted, as with IKE.
         """
-        return self._put(replace(sa, **({"spi": self._free_spi()} | changes)))
+        if "spi" in changes:
+            self._chosen.add(changes["spi"])
+        else:
+            changes["spi"] = self._free_spi()
+        return self._put(replace(sa, **changes))
 
     def delete_sa(self, sa: SA) -> None:
         """Delete an SA. Raises KeyError where there is none with its key."""
@@ -472,8 +479,8 @@ class MemoryBackend(TableBackend):
             super()._tick()
 
     def _free_spi(self) -> int:
-        used = {key.spi for key in self._sas}
-        return next(spi for spi in self._spis if spi not in used)
+        with self._lock:
+            return next(spi for spi in self._spis if spi not in self._chosen)
 
 
 def _number(names: Mapping[str, int], value: str | int, what: str, limit: int) -> int:

@@ -341,7 +341,7 @@ class BackendConformance:
         with pytest.raises(BackendUnavailable):
             await bench.backend.register(IPPROTO_UDP, PORT)
         with pytest.raises(BackendUnavailable):
-            bench.backend.subscribe(_nothing)
+            bench.backend.subscribe(bench.backend.drain)
         bench.backend.drain()
 
 
@@ -353,7 +353,3 @@ def _addresses(evidence: Evidence) -> tuple[int, bytes, int, bytes, int]:
         evidence.peer,
         evidence.peer_port,
     )
-
-
-def _nothing() -> None:
-    pass

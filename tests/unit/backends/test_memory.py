@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -205,6 +206,14 @@ def test_the_newest_fitting_sa_carries_the_traffic(backend):
     again = backend.rekey(old, spi=old.spi)
     assert again == old
     assert arrive(backend) is token
+
+
+def test_fresh_spis_are_fresh(backend):
+    first = backend.add_sa(src=CLIENT, dst=SERVER)
+    backend.add_sa(src=CLIENT, dst=SERVER, spi=first.spi + 1)
+    backend.rekey(first, spi=first.spi + 2)
+    assert backend.rekey(first).spi == first.spi + 3
+    assert backend.add_sa(src=CLIENT, dst=SERVER).spi == first.spi + 4
 
 
 def test_outbound_and_foreign_sas_carry_nothing(backend):
@@ -467,6 +476,8 @@ async def test_changes_from_another_thread_are_heard(backend):
 
 def test_threads_do_not_disturb_each_other(backend):
     failures = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
 
     def work():
         try:
@@ -484,6 +495,7 @@ def test_threads_do_not_disturb_each_other(backend):
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
     assert not failures
 
 
