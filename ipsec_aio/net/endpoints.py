@@ -87,12 +87,13 @@ async def create_datagram_endpoint(
     failures: list[OSError] = []
     for candidate_family, candidate_proto, local, remote in candidates:
         try:
-            opened = _Opened(
-                socket.socket(candidate_family, socket.SOCK_DGRAM, candidate_proto), owned=True
+            own = socket.socket(
+                family=candidate_family, type=socket.SOCK_DGRAM, proto=candidate_proto
             )
         except OSError as error:
             failures.append(error)
             continue
+        opened = _Opened(own, owned=True)
         with opened:
             try:
                 opened.configure(reuse_port=reuse_port, allow_broadcast=allow_broadcast)

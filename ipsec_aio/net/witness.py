@@ -49,7 +49,13 @@ _WILDCARDS = (bytes(4), bytes(16))
 
 def runs_udp(sock: socket.socket) -> bool:
     """Whether the kernel runs UDP over IP on this socket: not UDP-Lite, ICMP or AF_UNIX."""
-    return sock.family in _IP_FAMILIES and protocol_of(sock) == IPPROTO_UDP
+    return _runs_ip(sock) and protocol_of(sock) == IPPROTO_UDP
+
+
+def _runs_ip(sock: socket.socket) -> bool:
+    # asyncio also takes what only passes for a socket, such as a test's; no kernel answers there.
+    real = issubclass(type(sock), socket.socket)  # pyright: ignore[reportUnnecessaryIsInstance]
+    return real and sock.family in _IP_FAMILIES
 
 
 class Verdict:
@@ -84,6 +90,7 @@ class Witness:
         self._backend = backend
         self._registration = registration
         self._require = require
+        self._ip = _runs_ip(sock)
         self._verdicts: dict[object, Verdict] = {}
         self._state: object = None
         self._unsubscribe: Callable[[], None] = _nothing
@@ -154,7 +161,7 @@ class Witness:
 
     def token_of(self, addr: Any) -> PToken:
         """Return the token of what a connected peer sends at this moment: POLICY at most."""
-        if self._sock.family not in _IP_FAMILIES:
+        if not self._ip:
             return self._verdict(_unknown(self._doubt)).token
         peer = pack_address(addr[0])
         evidence = Evidence(IPPROTO_UDP, self._local, self._port, peer, addr[1], doubt=self._doubt)
@@ -162,7 +169,7 @@ class Witness:
 
     def _unfitness(self) -> str:
         """Why evidence of this socket can never mean anything; nearly always empty."""
-        if self._sock.family not in _IP_FAMILIES:
+        if not self._ip:
             return "not an IP socket"
         if not runs_udp(self._sock):
             return "not a UDP socket"
@@ -176,7 +183,7 @@ class Witness:
 
     def _locate(self) -> None:
         """Note the local address; ask for it with each datagram where the socket has none."""
-        if self._sock.family not in _IP_FAMILIES:
+        if not self._ip:
             return
         try:
             host, self._port = self._sock.getsockname()[:2]
@@ -207,7 +214,7 @@ class Witness:
     def _evidence(
         self, addr: Any, ancillary: Sequence[ControlMessage], doubt: str = ""
     ) -> Evidence:
-        if self._sock.family not in _IP_FAMILIES:
+        if not self._ip:
             return _unknown(self._doubt)
         told = parse(ancillary)
         local = self._local or told.local

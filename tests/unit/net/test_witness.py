@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -145,3 +146,20 @@ def test_a_socket_that_was_closed_has_no_place() -> None:
         witness = Witness(sock, Asked())
     witness.after(emptied=False)
     assert not witness.judge(("127.0.0.1", 1), [], 0).protected
+
+
+def test_what_only_passes_for_a_socket() -> None:
+    class Alike:
+        """A thing in front of a socket."""
+
+        def __init__(self, inner: socket.socket) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        alike: Any = Alike(sock)
+        backend = Asked()
+        Witness(alike, backend).judge(("127.0.0.1", 1), [], 0)
+        assert backend.last.doubt == "not an IP socket"
