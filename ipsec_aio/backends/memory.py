@@ -150,15 +150,18 @@ class MemoryBackend(TableBackend):
 
     @classmethod
     def from_toml(cls, source: str | os.PathLike[str], *, trust_policy: bool | None = None) -> Self:
-        """Build a backend from TOML: the text itself as ``str``, or the path of a file.
+        """Build a backend from TOML: the text itself, or the path of a file, which as a ``str``
+        ends in ``.toml``.
 
         ``[[sa]]`` tables take :meth:`add_sa`'s arguments, ``[[policy]]`` tables those of
         :meth:`add_policy`, ``selector`` in an SA those of :func:`selector`; at the top there may
         be ``default_action`` and ``trust_policy``. Raises ValueError that names the table and the
         key, OSError where the file cannot be read.
         """
-        where = "TOML" if isinstance(source, str) else os.fspath(source)
-        text = source if isinstance(source, str) else Path(source).read_text("utf-8")
+        if isinstance(source, str) and not source.endswith(".toml"):
+            where, text = "TOML", source
+        else:
+            where, text = os.fspath(source), Path(source).read_text("utf-8")
         try:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:

@@ -191,8 +191,9 @@ class TableBackend(Backend):
 
     async def _wait(self, token: PToken, timeout: float | None) -> None:  # noqa: ASYNC109
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiters = self._waiters.setdefault(token, [])
-        waiters.append(future)
+        with self.resolver.lock:
+            waiters = self._waiters.setdefault(token, [])
+            waiters.append(future)
         self._arm()
         try:
             # Another thread may have settled it just now.
@@ -200,9 +201,10 @@ class TableBackend(Backend):
                 async with asyncio.timeout(timeout):
                     await future
         finally:
-            waiters.remove(future)
-            if not waiters:
-                self._waiters.pop(token, None)
+            with self.resolver.lock:
+                waiters.remove(future)
+                if not waiters:
+                    del self._waiters[token]
 
     def _settled(self, token: PToken) -> None:
         for future in list(self._waiters.get(token, ())):

@@ -385,7 +385,7 @@ priority = 9
 def test_toml_text_and_file(tmp_path: Path):
     path = tmp_path / "ipsec.toml"
     path.write_text(TOML)
-    for source in (TOML, path):
+    for source in (TOML, path, str(path)):
         backend = MemoryBackend.from_toml(source)
         assert backend.trust_policy
         first, second = backend.mirror.sas()

@@ -12,6 +12,7 @@ from ipsec_aio.backends.tables import TableBackend
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendUnavailable
 from ipsec_aio.events import PolicyAdded, SAAdded, SADeleted
+from ipsec_aio.tokens import Resolver
 
 
 class Tables(TableBackend):
@@ -197,3 +198,26 @@ async def test_an_answer_found_by_asking_changes_the_epoch_too(backend):
     assert backend.resolve(seen(0x1001, peer_port=1)).protected
     await asyncio.sleep(0.01)
     assert calls == [1]
+
+
+async def test_what_is_settled_while_the_wait_begins_is_not_waited_for(backend, monkeypatch):
+    token = backend.resolve(seen(0x1001))
+    monkeypatch.setattr(backend, "_arm", lambda: backend.resolver.settle(token))
+    backend.mirror.apply(SAAdded(esp()), 0)
+    assert token._pending is not None
+    monkeypatch.setattr(type(backend.resolver), "settle", _unwilling_at_first())
+    assert await token.resolved() is token
+    assert token.protected
+
+
+def _unwilling_at_first():
+    """Play the thread that settles a token between the first look and the wait."""
+    settle = Resolver.settle
+    calls = []
+
+    def late(self, token):
+        calls.append(token)
+        if len(calls) > 1:
+            settle(self, token)
+
+    return late
