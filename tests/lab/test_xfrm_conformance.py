@@ -1,0 +1,154 @@
+"""The xfrm backend does what every backend must, on a real kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+
+import pytest
+from hosts import Host, run
+
+from ipsec_aio.backends.xfrm import XfrmBackend
+from ipsec_aio.testing.conformance import BackendConformance, Bench
+
+KEY = "0x" + "4b" * 20
+ANY = {"any": "0.0.0.0/0"}
+
+
+class KernelBench(Bench):
+    """Works with ``ip xfrm``, on bob."""
+
+    backend: XfrmBackend
+
+    def __init__(self, backend: XfrmBackend, bob: Host, alice: Host, carol: Host) -> None:
+        super().__init__(backend)
+        self.local, self.peer, self.other = bob.v4, alice.v4, carol.v4
+        self.late = 0.0
+        clock = backend.clock
+        backend.clock = backend.resolver.clock = lambda: clock() + self.late
+
+    async def add_sa(
+        self,
+        *,
+        src: str,
+        dst: str,
+        spi: int,
+        proto: str = "esp",
+        mode: str = "transport",
+        reqid: int = 0,
+        aead: str | None = None,
+        encryption: str | None = None,
+        authentication: str | None = None,
+    ) -> None:
+        words = f"ip xfrm state add src {src} dst {dst} proto {proto} spi {spi:#x}".split()
+        words += f"reqid {reqid} mode {mode}".split()
+        if aead:
+            words += ["aead", aead, KEY, "128"]
+        if authentication:
+            words += ["auth-trunc", authentication, KEY, "96"]
+        if encryption:
+            words += ["enc", encryption, "" if "null" in encryption else KEY[:34]]
+        run(*words)
+
+    async def delete_sa(self, *, src: str, dst: str, spi: int, proto: str = "esp") -> None:
+        run(*f"ip xfrm state delete src {src} dst {dst} proto {proto} spi {spi:#x}".split())
+
+    async def flush_sas(self) -> None:
+        run("ip", "xfrm", "state", "flush")
+
+    async def add_policy(
+        self,
+        *,
+        src: str,
+        dst: str,
+        direction: str = "in",
+        priority: int = 0,
+        proto: str | None = "esp",
+        mode: str = "transport",
+        reqid: int = 0,
+    ) -> None:
+        src, dst = ANY.get(src, src), ANY.get(dst, dst)
+        words = f"ip xfrm policy add src {src} dst {dst} dir {direction} priority {priority}"
+        if proto:
+            words += f" tmpl proto {proto} mode {mode} reqid {reqid}"
+        run(*words.split())
+
+    async def delete_policy(self, *, src: str, dst: str, direction: str = "in") -> None:
+        src, dst = ANY.get(src, src), ANY.get(dst, dst)
+        run(*f"ip xfrm policy delete src {src} dst {dst} dir {direction}".split())
+
+    async def lose_events(self) -> None:
+        """Fill the event socket until the kernel gives up."""
+        sockets = self.backend._sockets
+        assert sockets is not None
+        sockets.events._channel._socket.setsockopt(1, 8, 1)
+        lines = "".join(
+            f"xfrm policy {verb} src 203.0.113.{n} dst 203.0.113.1 dir in\n"
+            for verb in ("add", "delete")
+            for n in range(2, 100)
+        )
+        run("ip", "-batch", "-", stdin=lines)
+        self.backend.drain()
+        assert not self.backend.mirror.synced, errno.errorcode[errno.ENOBUFS]
+
+    async def recover(self) -> None:
+        changed = asyncio.Event()
+        unsubscribe = self.backend.subscribe(changed.set)
+        while not self.backend.mirror.synced:
+            changed.clear()
+            await changed.wait()
+        unsubscribe()
+
+    async def pass_time(self, seconds: float) -> None:
+        self.backend.drain()
+        self.late += seconds
+
+
+class TestXfrm(BackendConformance):
+    @pytest.fixture(params=[False, True], ids=["", "trust_policy"])
+    async def bench(
+        self, request: pytest.FixtureRequest, bob: Host, alice: Host, carol: Host
+    ) -> AsyncIterator[Bench]:
+        backend = XfrmBackend(stamp="install", trust_policy=request.param)
+        await backend.start()
+        yield KernelBench(backend, bob, alice, carol)
+        await backend.aclose()
+
+
+async def test_updates_deletions_and_migrations_as_the_kernel_does_them(
+    bob: Host, alice: Host
+) -> None:
+    backend = XfrmBackend(stamp="off")
+    await backend.start()
+    sa = ["src", alice.v4, "dst", bob.v4, "proto", "esp", "spi", "0x6001"]
+    gcm = ["mode", "transport", "aead", "rfc4106(gcm(aes))", KEY, "128"]
+    null = ["mode", "transport", "auth-trunc", "hmac(sha256)", KEY, "96"]
+    run("ip", "xfrm", "state", "add", *sa, "reqid", "7", *null, "enc", "ecb(cipher_null)", "")
+    # The kernel tells of AES, and goes on without.
+    run("ip", "xfrm", "state", "update", *sa, "reqid", "8", *gcm)
+    backend.drain()
+    (found,) = backend.mirror.sas()
+    assert (found.reqid, found.encrypts, found.authenticates) == (7, False, True)
+    # An update may give it an interface id, which is part of its key.
+    run("ip", "xfrm", "state", "update", *sa, "reqid", "7", *gcm, "if_id", "5")
+    backend.drain()
+    (found,) = backend.mirror.sas()
+    assert (found.if_id, found.encrypts) == (5, False)
+    run("ip", "xfrm", "state", "delete", *sa)
+    backend.drain()
+    assert not list(backend.mirror.sas())
+    await backend.aclose()
+
+
+async def test_opaque_interfaces(bob: Host) -> None:
+    backend = XfrmBackend(stamp="off")
+    await backend.start()
+    assert not backend.resolver.opaque_interfaces
+    run("ip", "link", "add", "x0", "type", "xfrm", "dev", "lo", "if_id", "3")
+    backend.drain()
+    assert backend.resolver.opaque_interfaces
+    run("ip", "link", "delete", "x0")
+    backend.drain()
+    assert not backend.resolver.opaque_interfaces
+    await backend.aclose()
