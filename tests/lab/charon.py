@@ -105,7 +105,8 @@ class Charon:
         path = self.directory / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def __enter__(self) -> Charon:
+    def start(self) -> None:
+        """Start it, and do not wait. Entering waits, and starts it where that was not done."""
         conf = self.directory / "strongswan.conf"
         conf.write_text(_DAEMON.format(plugins=_PLUGINS, directory=self.directory, uri=self.uri))
         environment = {
@@ -123,6 +124,10 @@ class Charon:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
+
+    def __enter__(self) -> Charon:
+        if self._process is None:
+            self.start()
         try:
             self._wait()
         except BaseException:

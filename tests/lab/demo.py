@@ -6,18 +6,22 @@ what the kernel and strongSwan say. Its exit status is 0 only if all of that agr
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
+import runpy
+import signal
 import sys
-import threading
 import time
-from contextlib import ExitStack, closing
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from queue import Queue
+from typing import NoReturn
 
 from charon import Charon, connect
 from hosts import Host, Network
 
+from ipsec_aio.__main__ import main as ipsec_aio
 from ipsec_aio.cli.transcript import Transcript
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,40 +29,59 @@ PORT = 5000
 PATIENCE = 60.0
 
 
-class Server:
-    """An example that runs on bob, and the lines that it prints."""
+class Program:
+    """A Python program on a host, and the lines that it prints.
 
-    def __init__(self, script: Transcript, bob: Host, example: str) -> None:
+    It is a fork: Python and the package are loaded already, which takes seconds in the machine.
+    """
+
+    def __init__(self, script: Transcript, host: Host, program: Callable[[], object]) -> None:
         self._script = script
-        self._lines: Queue[str] = Queue()
-        path = PROJECT / "examples" / example
-        with bob:
-            self._process = subprocess.Popen(
-                [sys.executable, str(path), "--port", str(PORT)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        threading.Thread(target=self._read, daemon=True).start()
+        sys.stdout.flush()
+        out, into = os.pipe()
+        with host:
+            self._pid = os.fork()
+            if self._pid == 0:
+                os.dup2(into, 1)
+                os.close(out)
+                _become(program)
+        os.close(into)
+        self._out = os.fdopen(out)
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line.rstrip())
-        self._lines.put("")
-
-    def line(self, within: float = PATIENCE) -> str:
-        """The next line."""
-        line = self._lines.get(timeout=within)
+    def line(self, who: str) -> str:
+        """Wait for its next line, and show it; an empty one when it has ended."""
+        line = self._out.readline().rstrip()
         if line:
-            self._script.say("server", line)
-            return line
-        assert self._process.stderr is not None
-        raise SystemExit(f"the server ended:\n{self._process.stderr.read()}")
+            self._script.say(who, line)
+        return line
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGTERM)
+        os.waitpid(self._pid, 0)
+        self._out.close()
+
+
+def _become(program: Callable[[], object]) -> NoReturn:
+    code = 1
+    try:
+        code = int(program() or 0)  # type: ignore[call-overload]
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def example(name: str) -> Callable[[], object]:
+    """An example as a program."""
+    sys_argv = [str(PROJECT / "examples" / name), "--port", str(PORT)]
+
+    def program() -> None:
+        sys.argv = sys_argv
+        runpy.run_path(sys_argv[0], run_name="__main__")
+
+    return program
 
 
 def main() -> int:
@@ -74,22 +97,28 @@ def main() -> int:
         script.say("mallory", f"{mallory.v4} has no IPsec at all")
         ours, theirs = Charon(bob), Charon(alice)
         for charon in (ours, theirs):
+            charon.start()
+
+        script.step("the stamp on bob, and the servers")
+        install = "stamp install --port udp/5000 --port tcp/5000"
+        script.say("bob", f"$ ipsec-aio {install}")
+        with closing(Program(script, bob, lambda: ipsec_aio(install.split()))) as stamp:
+            while stamp.line(""):
+                pass
+        udp, tcp = (
+            stack.enter_context(closing(Program(script, bob, example(name))))
+            for name in ("01_udp_echo.py", "02_tcp_echo.py")
+        )
+        for server in (udp, tcp):
+            if not server.line("server"):
+                raise SystemExit("a server did not start")
+
+        script.step("strongSwan on both hosts")
+        for charon in (ours, theirs):
             stack.enter_context(charon)
         connect(ours, theirs)
         for charon in (ours, theirs):
             script.say(charon.host.name, "charon is up, trap policies are installed")
-
-        script.step("the stamp on bob, and the servers")
-        install = "-m ipsec_aio stamp install --port udp/5000 --port tcp/5000"
-        script.say("bob", f"$ python {install}")
-        for line in bob.show(sys.executable, *install.split()).splitlines():
-            script.say("", line)
-        udp, tcp = (
-            stack.enter_context(closing(Server(script, bob, name)))
-            for name in ("01_udp_echo.py", "02_tcp_echo.py")
-        )
-        udp.line()
-        tcp.line()
         Demonstration(script, udp, tcp, ours, theirs, mallory).run()
         script.say("", f"({time.monotonic() - begin:.0f} s)")
     return script.end()
@@ -101,8 +130,8 @@ class Demonstration:
     def __init__(
         self,
         script: Transcript,
-        udp: Server,
-        tcp: Server,
+        udp: Program,
+        tcp: Program,
         ours: Charon,
         theirs: Charon,
         mallory: Host,
@@ -144,8 +173,9 @@ class Demonstration:
                         self.script.say(host.name, "no answer, IKE negotiates: she sends again")
                     waits = True
                     continue
-                return self.udp.line()
-        raise SystemExit("no answer")
+                return self.udp.line("server")
+        logs = (f"{c.identity}\n{c.log}" for c in (self.ours, self.theirs))
+        raise SystemExit("\n".join(("no answer. strongSwan says:", *logs)))
 
     def connection(self, host: Host) -> str:
         """Connect and wait for the echo; returns the line that the server printed of it."""
@@ -154,7 +184,7 @@ class Demonstration:
             client.connect((self.bob.v4, PORT))
             client.sendall(b"hello")
             client.recv(100)
-            return self.tcp.line()
+            return self.tcp.line("server")
 
     def protected(self, what: str, line: str) -> int:
         """Check that the server called it protected, by an SA that both others know."""

@@ -20,6 +20,9 @@ unpacked=$(dirname "$(readlink -f "$0")")/../../.lab/root/usr/lib/ipsec
 [ -e /run/lab/root/usr/lib/ipsec ] || ln -s "$(readlink -f "$unpacked")" /run/lab/root/usr/lib/ipsec
 hostname lab
 ip link set lo up
+# Loading these by need costs IKE its patience.
+chroot /run/lab/root modprobe -aq xfrm_user esp4 gcm ghash-generic ghash-clmulni-intel ctr seqiv drbg \
+    jitterentropy_rng sha512-ssse3 cbc authenc echainiv esp6 nf_tables nft_xfrm nft_socket nft_fib_inet &
 touch /run/lab/run/started
 chroot /run/lab/root /bin/sh /run/lab/run/command >/run/lab/run/output 2>&1 </dev/null && code=0 || code=$?
 echo "$code" >/run/lab/run/exit
