@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
+from dataclasses import replace
 from enum import IntEnum
 from typing import Literal, TypeAlias
 
@@ -151,8 +153,10 @@ class KernelStamp(Stamp):
         self._owned = False
         self._covered: Counter[Port] = Counter()
         self._added: set[Port] = set()
+        self._tcp_covered = 0
         self._tcp_ready = False
         self._closed = False
+        self._process = os.getpid()
         self._netlink = NftSocket()
         try:
             self._events = EventSocket()
@@ -183,7 +187,7 @@ class KernelStamp(Stamp):
         return self._generation if port.protocol != _TCP or self._tcp_ready else 0
 
     def cover(self, protocol: int, port: int) -> Coverage:
-        if self._closed:
+        if self._unusable:
             raise BackendUnavailable(errno.EBADF, "the stamp is closed")
         try:
             wanted = Port.checked(protocol, port)
@@ -192,10 +196,13 @@ class KernelStamp(Stamp):
                 return Coverage(self, None)
             raise BackendError(errno.EINVAL, str(error)) from None
         self._covered[wanted] += 1
+        self._tcp_covered += wanted.protocol == _TCP
         coverage = Coverage(self, wanted)
         self.refresh()
-        if wanted not in self._state.ports:
+        if self._problem:
             self._verify(lost=False)
+        else:
+            self._add_missing({wanted} - self._state.ports)
         if self._mode != "use" and not coverage.generation:
             refusal = self._refusal or self._why(
                 self._problem or "net.ipv4.tcp_fwmark_accept is 0: set it to 1"
@@ -207,31 +214,32 @@ class KernelStamp(Stamp):
         return coverage
 
     def uncover(self, port: Port | None) -> None:
-        if port is None or self._closed:
+        if port is None or self._unusable:
             return
+        self._tcp_covered -= port.protocol == _TCP
         self._covered[port] -= 1
         if self._covered[port]:
             return
         del self._covered[port]
         if port in self._added:
             self._added.discard(port)
+            self._state = replace(self._state, ports=self._state.ports - {port})
             with suppress(BackendError):
                 stamp_table.remove_ports(self._netlink, [port])
-            self._verify(lost=False)
 
     def refresh(self) -> None:
-        if self._closed:
+        if self._unusable:
             return
         if change := self._news():
             self._verify(lost=change is _Change.LOST)
         self._check_sysctl()
 
     def marks_changed(self) -> None:
-        if not self._closed and self._marks().problem != self._marks_problem:
+        if not self._unusable and self._marks().problem != self._marks_problem:
             self._verify(lost=False)
 
     def tcp_ready(self) -> bool:
-        if self._closed:
+        if self._unusable:
             return False
         self._check_sysctl()
         return bool(self._generation) and self._tcp_ready
@@ -239,9 +247,21 @@ class KernelStamp(Stamp):
     def close(self) -> None:
         if self._closed:
             return
+        if not self._unusable:
+            self._withdraw()
         self._closed = True
         self._generation = 0
         self._problem = "the stamp is closed"
+        self._sysctl.close()
+        self._events.close()
+        self._netlink.close()
+
+    @property
+    def _unusable(self) -> bool:
+        # After a fork the loop, the table and the sysctl are still the parent's business.
+        return self._closed or os.getpid() != self._process
+
+    def _withdraw(self) -> None:
         if not self._loop.is_closed():
             self._loop.remove_reader(self._events.fileno())
         with suppress(BackendError):
@@ -250,9 +270,6 @@ class KernelStamp(Stamp):
             elif present := self._added & stamp_table.read(self._netlink).ports:
                 stamp_table.remove_ports(self._netlink, present)
         self._sysctl.restore()
-        self._sysctl.close()
-        self._events.close()
-        self._netlink.close()
 
     def _news(self) -> _Change:
         try:
@@ -282,20 +299,20 @@ class KernelStamp(Stamp):
 
     def _verify(self, *, lost: bool) -> None:
         """Read everything back, restore what is ours, and settle the generation."""
-        before = self._generation, self._state.ports
+        before = self._generation, self._covered.keys() & self._state.ports
         self._refusal = None
         self._look()
-        lost = lost or not (before[1] & self._covered.keys()) <= self._state.ports
+        lost = lost or not before[1] <= self._state.ports
         if self._mode == "install":
             self._restore()
         if not self._problem:
-            self._add_missing()
+            self._add_missing(self._covered.keys() - self._state.ports)
         if self._problem:
             self._generation = 0
         elif lost or not self._generation:
             self._verified += 1
             self._generation = self._verified
-        if before != (self._generation, self._state.ports):
+        if before != (self._generation, self._covered.keys() & self._state.ports):
             self._on_change()
 
     def _look(self) -> None:
@@ -320,28 +337,27 @@ class KernelStamp(Stamp):
                     self._owned = False
                     self._look()
             elif not (self._state.installed or self._state.late_writers or self._refusal):
-                wanted = self._covered.keys()
-                stamp_table.install(self._netlink, wanted, owned=True)
+                stamp_table.install(self._netlink, self._covered, owned=True)
                 self._owned = True
                 self._look()
-                self._added |= wanted & self._state.ports
+                self._added |= self._covered.keys() & self._state.ports
         except BackendError as error:
             self._look()
             self._refusal = error if self._problem else None
 
-    def _add_missing(self) -> None:
-        missing = self._covered.keys() - self._state.ports
+    def _add_missing(self, missing: Set[Port]) -> None:
         if not missing:
             return
         try:
             stamp_table.add_ports(self._netlink, missing)
-            self._look()
-            self._added |= missing & self._state.ports
         except BackendError as error:
             self._refusal = error
+        else:
+            self._added |= missing
+            self._state = replace(self._state, ports=self._state.ports | missing)
 
     def _check_sysctl(self) -> None:
-        if all(port.protocol != _TCP for port in self._covered):
+        if not self._tcp_covered:
             return
         ready = self._sysctl.enabled
         if ready and self._tcp_ready:
@@ -376,8 +392,8 @@ async def open_stamp(
     ``mode``: ``"use"`` takes it where it is installed, and notices when it comes later;
     ``"install"`` installs it where absent, so that it goes with this process; ``"require"`` fails
     without it; ``"off"`` has none. ``marks()`` tells who else uses marks, whenever that matters.
-    ``on_change()`` is called after :attr:`Stamp.generation` or the stamped ports changed, from
-    :meth:`Stamp.refresh`, :meth:`Stamp.cover` and :meth:`Coverage.close` or from the loop.
+    ``on_change()`` is called after a :attr:`Coverage.generation` changed that was asked for before:
+    from :meth:`Stamp.refresh`, :meth:`Stamp.cover` and :meth:`Stamp.marks_changed`, or by the loop.
 
     Raises ValueError for another mode, BackendDenied without CAP_NET_ADMIN, and, where the mode
     demands a stamp, BackendUnavailable (no stamp, or a kernel without its parts) or BackendError

@@ -9,6 +9,8 @@
             meta nfproto ipv6 exthdr ah exists accept
             meta l4proto . th dport != @ports accept
             meta l4proto tcp meta ipsec missing socket mark != 0 drop
+            meta l4proto tcp meta ipsec missing socket mark 0 meta mark set 0 accept
+            meta l4proto tcp meta ipsec missing socket exists @ih,0,8 exists drop
             meta mark set 0
             meta ipsec exists meta mark set ipsec in spi
         }
@@ -28,6 +30,9 @@ Rules:
   is cleared: a packet that reaches a served socket never keeps a mark that we did not write.
 * Over IPv6 nft looks behind an AH header that is still to be checked; such a packet comes again
   when it has been.
+* A connection is stamped by its SYN. Clear segments are kept off it once it has a full socket;
+  while it is a request, which shows no mark, clear data is dropped and comes again: a bare ACK
+  completes a handshake just as well.
 * ``input`` comes last of all that could write marks: iptables' mangle is at -150, connection
   tracking's helpers at 300, and only the kernel's own confirmation (INT_MAX) must stay behind.
 * ``fragments`` comes before defragmentation (-400). Fragments that are forwarded (unicast, not
@@ -71,7 +76,7 @@ KEY_LENGTH = 8
 _VERDICT, _REG, _REG_SECOND = 0, 1, 9
 _MARK, _NFPROTO, _L4PROTO, _SECPATH = 3, 15, 16, 25
 _EQ, _NEQ = 0, 1
-_NETWORK, _TRANSPORT = 1, 2
+_NETWORK, _TRANSPORT, _INNER = 1, 2, 3
 _DROP, _ACCEPT = 0, 1
 _IPV4, _IPV6 = b"\x02", b"\x0a"
 _TCP = b"\x06"
@@ -137,8 +142,8 @@ def _lookup_misses() -> tuple[int, Attributes]:
     return _expression("lookup", (1, text(PORTS)), (2, be32(_REG)), (5, be32(1)))
 
 
-def _socket_mark() -> tuple[int, Attributes]:
-    return _expression("socket", (1, be32(1)), (2, be32(_REG)))
+def _socket(key: int) -> tuple[int, Attributes]:
+    return _expression("socket", (1, be32(key)), (2, be32(_REG)))
 
 
 def _daddr_type() -> tuple[int, Attributes]:
@@ -166,6 +171,14 @@ class Chain(NamedTuple):
     rules: tuple[Rule, ...]
 
 
+_SOCKET_TRANSPARENT, _SOCKET_MARK = 0, 1
+_CLEAR_SEGMENT = (
+    _meta(_L4PROTO),
+    _compare(_EQ, _TCP),
+    _meta(_SECPATH),
+    _compare(_EQ, _NO),
+)
+_CLEAR_MARK = (_expression("immediate", (1, be32(_REG)), (2, ((1, bytes(4)),))), _set_mark())
 _PROTECTED = (_meta(_SECPATH), _compare(_EQ, _YES))
 _IS_IPV6 = (_meta(_NFPROTO), _compare(_EQ, _IPV6))
 
@@ -193,20 +206,34 @@ INPUT = Chain(
             "drop clear segments on stamped connections",
             "nft_socket",
             (
-                _meta(_L4PROTO),
-                _compare(_EQ, _TCP),
-                _meta(_SECPATH),
-                _compare(_EQ, _NO),
-                _socket_mark(),
+                *_CLEAR_SEGMENT,
+                _socket(_SOCKET_MARK),
                 _compare(_NEQ, bytes(4)),
                 _verdict(_DROP),
             ),
         ),
         Rule(
-            "clear the mark",
-            "nf_tables",
-            (_expression("immediate", (1, be32(_REG)), (2, ((1, bytes(4)),))), _set_mark()),
+            "pass clear segments on other connections",
+            "nft_socket",
+            (
+                *_CLEAR_SEGMENT,
+                _socket(_SOCKET_MARK),
+                _compare(_EQ, bytes(4)),
+                *_CLEAR_MARK,
+                _verdict(_ACCEPT),
+            ),
         ),
+        Rule(
+            "drop clear data that would complete a handshake",
+            "nft_socket",
+            (
+                *_CLEAR_SEGMENT,
+                _socket(_SOCKET_TRANSPARENT),
+                _payload(_INNER, 0, 1),
+                _verdict(_DROP),
+            ),
+        ),
+        Rule("clear the mark", "nf_tables", _CLEAR_MARK),
         Rule("stamp with the SPI", "nft_xfrm", (*_PROTECTED, _inbound_spi(), _set_mark())),
     ),
 )

@@ -410,6 +410,17 @@ def fwmark_accept(hosts):
     sysctl.close()
 
 
+def forget(netlink, *numbers):
+    """Delete some of the rules that look at sockets."""
+    table = (1, nft.text("ipsec_aio"))
+    rules = [r for r in netlink.dump(nft.GETRULE, (table,)) if b"socket\0" in r.attributes[4]]
+    assert len(rules) == 3
+    place = (table, (2, nft.text("input")))
+    netlink.commit(
+        [nft.Request(nft.DELRULE, (*place, (3, rules[n].attributes[3]))) for n in numbers]
+    )
+
+
 STREAMS = [
     ("fd00::1", "fd00::2", PORT, 0x1003),
     ("fd00::1", "fd00::2", PORT + 6, 0x1005),
@@ -447,18 +458,101 @@ def test_clear_segments_after_a_stamped_handshake(
 
 
 def test_clear_segments_pass_without_the_rule(stamp, fwmark_accept, client_policies, sockets):
-    drop = next(
-        rule
-        for rule in stamp.dump(nft.GETRULE, ((1, nft.text("ipsec_aio")),))
-        if b"socket" in rule.attributes[4]
-    )
-    place = ((1, nft.text("ipsec_aio")), (2, nft.text("input")), (3, drop.attributes[3]))
-    stamp.commit([nft.Request(nft.DELRULE, place)])
+    forget(stamp, 0, 2)
     assert "rules" in stamp_table.read(stamp).problem
     client, accepted = connected(sockets, "10.0.0.1", "10.0.0.2", PORT)
     assert spi(accepted.getsockopt(socket.SOL_SOCKET, SO_MARK)) == 0x1001
     client_clear()
     client.sendall(b"clear")
+    assert accepted.recv(100) == b"clear"
+
+
+def tcp(source, sport, target, dport, sequence, acknowledged, flags, payload=b""):
+    """Return an IPv4 packet with a TCP segment."""
+    ends = socket.inet_aton(source) + socket.inet_aton(target)
+    fields = (sport, dport, sequence, acknowledged, 5 << 4, flags, 65535)
+    pseudo = ends + struct.pack("!HH", 6, 20 + len(payload))
+    whole = pseudo + struct.pack("!HHIIBBHHH", *fields, 0, 0) + payload + bytes(len(payload) % 2)
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 40 + len(payload), 0, 0, 64, 6, 0) + ends
+    return head + struct.pack("!HHIIBBHHH", *fields, checksum(whole), 0) + payload
+
+
+SYN, ACK, PUSH = 2, 16, 8
+GHOST, INNER = "10.1.0.3", "10.1.0.1"
+
+
+@pytest.fixture
+def ghost(hosts):
+    """An address behind the client, whose kernel does not answer for it."""
+    ip("route", "add", GHOST, "via", "10.0.0.2", ns="s")
+    ip(*policy("out", GHOST, INNER, spi=0x1002), ns="c")
+    ip(*policy("in", GHOST, INNER, spi=0x1002, optional=True), ns="s")
+    yield
+    ip("route", "del", GHOST, ns="s")
+    ip("xfrm", "policy", "del", "dir", "out", "src", GHOST, "dst", INNER, ns="c")
+    ip("xfrm", "policy", "del", "dir", "in", "src", GHOST, "dst", INNER, ns="s")
+
+
+def ghostly(sockets, clear):
+    with inside("c"):
+        sock = sockets.enter_context(
+            socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        )
+    sock.setsockopt(socket.IPPROTO_IP, 15, 1)
+    sock.bind((GHOST, 0))
+    if clear:
+        bypass(sock, socket.AF_INET)
+    return sock
+
+
+def half_open(sockets, sport):
+    """Listen, send a protected SYN, return listener, clear socket and the server's number."""
+    with inside("s"):
+        listener = sockets.enter_context(socket.socket())
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((INNER, PORT))
+    listener.listen()
+    listener.settimeout(5)
+    with inside("c"):
+        wire = sockets.enter_context(
+            socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
+        )
+    wire.settimeout(5)
+    ghostly(sockets, clear=False).sendto(tcp(GHOST, sport, INNER, PORT, 100, 0, SYN), (INNER, 0))
+    while True:
+        packet = wire.recv(2000)
+        if packet[9] == 6 and packet[33] == SYN | ACK and packet[22:24] == sport.to_bytes(2, "big"):
+            break
+    return listener, ghostly(sockets, clear=True), int.from_bytes(packet[24:28], "big") + 1
+
+
+def test_clear_data_cannot_complete_a_stamped_handshake(stamp, fwmark_accept, ghost, sockets):
+    listener, clear, number = half_open(sockets, 6001)
+    ends = (GHOST, 6001, INNER, PORT)
+    clear.sendto(tcp(*ends, 101, number, ACK | PUSH, b"clear"), (INNER, 0))
+    listener.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        listener.accept()
+    listener.settimeout(5)
+    clear.sendto(tcp(*ends, 101, number, ACK), (INNER, 0))
+    accepted = sockets.enter_context(listener.accept()[0])
+    assert spi(accepted.getsockopt(socket.SOL_SOCKET, SO_MARK)) == 0x1002
+    clear.sendto(tcp(*ends, 101, number, ACK | PUSH, b"clear"), (INNER, 0))
+    protected = ghostly(sockets, clear=False)
+    protected.sendto(tcp(*ends, 101, number, ACK | PUSH, b"sealed"), (INNER, 0))
+    accepted.settimeout(5)
+    assert accepted.recv(100) == b"sealed"
+
+
+def test_clear_data_completes_a_stamped_handshake_without_the_rule(
+    stamp, fwmark_accept, ghost, sockets
+):
+    forget(stamp, 2)
+    listener, clear, number = half_open(sockets, 6002)
+    clear.sendto(tcp(GHOST, 6002, INNER, PORT, 101, number, ACK | PUSH, b"clear"), (INNER, 0))
+    accepted = sockets.enter_context(listener.accept()[0])
+    assert spi(accepted.getsockopt(socket.SOL_SOCKET, SO_MARK)) == 0x1002
+    accepted.settimeout(5)
     assert accepted.recv(100) == b"clear"
 
 

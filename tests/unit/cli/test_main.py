@@ -129,7 +129,7 @@ def test_a_table_that_a_process_owns_is_left(admin: NftSocket, capsys: Captured)
 def late_writer(netlink: NftSocket) -> None:
     place = ((1, be32(1)), (2, be32(INPUT_PRIORITY)))
     chain = ((1, text("late")), (3, text("last")), (4, place), (7, text("filter")))
-    rule = ((1, text("late")), (2, text("last")), (4, INPUT.rules[3].expressions))
+    rule = ((1, text("late")), (2, text("last")), (4, INPUT.rules[-2].expressions))
     netlink.commit(
         [
             Request(nft.NEWTABLE, ((1, text("late")),), nft.CREATE),

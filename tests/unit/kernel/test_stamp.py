@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
@@ -44,7 +45,7 @@ Unprivileged = Callable[[Callable[[], object]], BaseException | None]
 
 UDP, TCP = 17, 6
 OURS = ((1, text("ipsec_aio")),)
-META_SET_MARK = INPUT.rules[3].expressions
+META_SET_MARK = next(r for r in INPUT.rules if r.purpose == "clear the mark").expressions
 COUNTER = ((1, ((1, text("counter")),)),)
 
 
@@ -222,7 +223,7 @@ async def test_a_missing_rule_is_noticed(opened: Open, admin: NftSocket, number:
     delete_rule(admin, number)
     stamp.refresh()
     assert not stamp.generation
-    assert "chain input has 4 rules, not 5" in stamp.problem
+    assert "chain input has 6 rules, not 7" in stamp.problem
 
 
 async def test_an_altered_rule_is_noticed(opened: Open, admin: NftSocket) -> None:
@@ -677,6 +678,27 @@ def test_close_after_the_loop(admin: NftSocket) -> None:
     stamp = loop.run_until_complete(open_stamp("install"))
     loop.close()
     stamp.close()
+    assert not stamp_table.read(admin).installed
+
+
+def test_a_forked_child_leaves_the_stamp_alone(admin: NftSocket) -> None:
+    loop = asyncio.new_event_loop()
+    stamp = loop.run_until_complete(open_stamp("install"))
+    covered = stamp.cover(TCP, 5000)
+    child = os.fork()
+    if not child:
+        try:
+            covered.close()
+            stamp.refresh()
+            stamp.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert stamp_table.read(admin).ports == {(TCP, 5000)}
+    assert sysctl_value() == 1
+    assert stamp.tcp_ready()
+    stamp.close()
+    loop.close()
     assert not stamp_table.read(admin).installed
 
 
