@@ -60,7 +60,8 @@ _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _NFNLGRP_NFTABLES = 7
 _SO_RCVBUFFORCE = 33
 _EVENT_BUFFER = 1 << 20
-_RECEIVE = 1 << 17
+# The kernel fills at most 32 KiB of a dump; what is cut off fails to decode.
+_RECEIVE = 1 << 16
 _NESTED, _TYPE_MASK = 0x8000, 0x3FFF
 
 _HEADER = struct.Struct("=IHHII")
@@ -188,15 +189,16 @@ def _open_socket() -> socket.socket:
         ) from None
 
 
-def _from_kernel(sock: socket.socket) -> bytes:
-    data, sender = sock.recvfrom(_RECEIVE)
-    return data if sender[0] == 0 else b""
+def _from_kernel(sock: socket.socket, buffer: bytearray) -> bytes:
+    size, sender = sock.recvfrom_into(buffer)
+    return bytes(memoryview(buffer)[:size]) if sender[0] == 0 else b""
 
 
 class NftSocket:
     """Requests and transactions. Its ``portid`` is what a table's owner is known by."""
 
     def __init__(self) -> None:
+        self._buffer = bytearray(_RECEIVE)
         self._socket = _open_socket()
         self._socket.bind((0, 0))
         self._sequence = 0
@@ -254,7 +256,7 @@ class NftSocket:
 
     def _receive(self) -> bytes | None:
         try:
-            return _from_kernel(self._socket)
+            return _from_kernel(self._socket, self._buffer)
         except BlockingIOError:
             return None
 
@@ -292,6 +294,7 @@ class EventSocket:
     """What changes in the tables of this namespace (NFNLGRP_NFTABLES)."""
 
     def __init__(self) -> None:
+        self._buffer = bytearray(_RECEIVE)
         self._socket = _open_socket()
         try:
             self._socket.bind((0, 0))
@@ -315,7 +318,7 @@ class EventSocket:
         complete = True
         while True:
             try:
-                data = _from_kernel(self._socket)
+                data = _from_kernel(self._socket, self._buffer)
             except BlockingIOError:
                 return found if complete else None
             except OSError as error:

@@ -184,11 +184,12 @@ class Canned(socket.socket):
     def send(self, *_: object) -> int:
         return 0
 
-    def recvfrom(self, *_: object) -> tuple[bytes, tuple[int, int]]:
+    def recvfrom_into(self, buffer: bytearray, *_: object) -> tuple[int, tuple[int, int]]:  # type: ignore[override]
         if not self.received:
             raise BlockingIOError
         data, sender = self.received.pop(0)
-        return data, (sender, 0)
+        buffer[: len(data)] = data
+        return len(data), (sender, 0)
 
 
 def canned(netlink: NftSocket | EventSocket, *received: tuple[bytes, int]) -> None:
