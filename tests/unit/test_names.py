@@ -82,6 +82,8 @@ class TestDomains:
             "moon\u3002example",  # ideographic dot
             "ﬁ.example",  # ligature
             "\u212aelvin.example",  # Kelvin sign
+            "\u212aü.example",
+            "\u212bü.example",  # Angstrom sign
             "ſ.example",  # long s
             "straße.example",  # IDNA 2003 and 2008 disagree
             "a\u200db.example",  # zero-width joiner
