@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import select
 import socket
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, cast
 
@@ -69,6 +71,9 @@ class XfrmBackend(TableBackend):
     ) -> None:
         super().__init__(trust_policy=trust_policy)
         self.resolver.is_own = self._is_own
+        # Tokens may be read in any thread; the mirror changes in the loop's alone.
+        self._lock = threading.RLock()
+        self.resolver.lock = self._lock
         self._factory = socket_factory
         self._loading = False
         self._lost = False
@@ -111,20 +116,25 @@ class XfrmBackend(TableBackend):
         return self._cookie
 
     def drain(self) -> None:
-        """Take in the events that have arrived. Never blocks; lost events raise nothing."""
-        if self.closed or self.resolver.stale:
+        """Take in the events that have arrived. Never blocks; lost events raise nothing.
+
+        Does nothing when closed, before :meth:`start`, or in another thread than the loop's.
+        """
+        if self.closed or self.resolver.stale or self._thread != threading.get_ident():
             return
-        self._stamp.refresh()
-        sockets = self._sockets
-        if sockets is not None:
-            try:
-                sockets.links.drain()
-                sockets.events.drain()
-            except (OSError, ValueError) as error:
-                self._lose(sockets, error)
-            self._look_at_links()
-            self._look_at_marks()
-        super().drain()
+        with self._lock:
+            self._stamp.refresh()
+            sockets = self._sockets
+            if sockets is not None and sockets.waiting():
+                try:
+                    sockets.links.drain()
+                    sockets.events.drain()
+                except (OSError, ValueError) as error:
+                    self._lose(sockets, error)
+                self._look_at_links()
+            if self._marks_matter:
+                self._look_at_marks()
+            super().drain()
 
     def check(self) -> None:
         """Raise BackendUnavailable when not started, closed, forked, or in another thread."""
@@ -208,8 +218,6 @@ class XfrmBackend(TableBackend):
 
     def _look_at_marks(self) -> None:
         """Tell the stamp where others began or ceased to use marks."""
-        if not self._marks_matter:
-            return
         self._marks_matter = False
         marks = (self.mirror.has_marked_inbound(), self.mirror.set_marks)
         if marks != self._marks:
@@ -267,11 +275,11 @@ class XfrmBackend(TableBackend):
             await sockets.dumps.read(build, self._take_record)
         self.mirror.load(sockets.requests.defaults(), self.clock())
         await sockets.links.load()
-        sockets.events.drain()
-        if self._lost or not self.mirror.finish_resync(self.clock()):
-            raise BackendOverrun(errno.ENOBUFS, "events were lost while the tables were read")
+        with self._lock:
+            sockets.events.drain()
+            if self._lost or not self.mirror.finish_resync(self.clock()):
+                raise BackendOverrun(errno.ENOBUFS, "events were lost while the tables were read")
         self._look_at_links()
-        self._marks_matter = True
         self._look_at_marks()
         self.changed()
 
@@ -341,9 +349,15 @@ class _Sockets:
             opened.callback(self.requests.close)
             self.links = Links(factory=factory)
             opened.callback(self.links.close)
+            self._poll = opened.enter_context(select.epoll())
             for source in (self.events, self.links):
+                self._poll.register(source.fileno(), select.EPOLLIN)
                 self.loop.add_reader(source.fileno(), readable)
             self._opened = opened.pop_all()
+
+    def waiting(self) -> bool:
+        """Say whether there are events, or an error: one system call for both sockets."""
+        return bool(self._poll.poll(0))
 
     def close(self, *, unwatch: bool) -> None:
         if unwatch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
 from contextlib import suppress
 
 from ..errors import BackendOverrun
@@ -36,11 +37,17 @@ class Links:
         self._opaque: set[int] = set()
         self._known = False
         self._loading = False
+        self._asking = threading.Lock()
         self._events = NetlinkSocket(
             rtnetlink.NETLINK_ROUTE, rtnetlink.GROUPS, queue_bytes=_QUEUE_BYTES, factory=factory
         )
         try:
-            self._requests = NetlinkSocket(rtnetlink.NETLINK_ROUTE, factory=factory)
+            self._dumps = NetlinkSocket(rtnetlink.NETLINK_ROUTE, factory=factory)
+            try:
+                self._requests = NetlinkSocket(rtnetlink.NETLINK_ROUTE, factory=factory)
+            except BaseException:
+                self._dumps.close()
+                raise
         except BaseException:
             self._events.close()
             raise
@@ -68,7 +75,7 @@ class Links:
         try:
             for _ in range(_DUMP_TRIES):
                 self._opaque.clear()
-                if await dump(self._requests, rtnetlink.dump_links, self._take):
+                if await dump(self._dumps, rtnetlink.dump_links, self._take):
                     self._known = True
                     break
             else:
@@ -87,8 +94,8 @@ class Links:
             pass
 
     def is_local(self, address: bytes) -> bool:
-        """Say whether packets to this address stay on this host, in doubt True."""
-        sequence = self._requests.next_sequence()
+        """Say whether packets to this address stay on this host, in doubt True. Any thread may."""
+        sequence = 0
         answers: list[bool] = []
 
         def take(buffer: memoryview, message: Message) -> None:
@@ -99,15 +106,17 @@ class Links:
             else:
                 answers.append(rtnetlink.is_local_route(buffer, message))
 
-        with suppress(OSError, ValueError):
+        with self._asking, suppress(OSError, ValueError):
+            sequence = self._requests.next_sequence()
             self._requests.send(rtnetlink.get_route(address, sequence))
             while not answers and self._requests.receive(take):
                 pass
         return answers[0] if answers else True
 
     def close(self) -> None:
-        """Close both sockets. Idempotent."""
+        """Close the sockets. Idempotent."""
         self._events.close()
+        self._dumps.close()
         self._requests.close()
 
     def _take(self, buffer: memoryview, message: Message) -> None:

@@ -55,8 +55,12 @@ __all__ = [
 NETLINK_XFRM = 6
 FIRST_TYPE = 0x10
 """Message types below are netlink's own."""
-GROUPS = (2, 3, 4, 7, 8)
-"""XFRMNLGRP_EXPIRE, _SA, _POLICY, _MIGRATE and _MAPPING."""
+GROUPS = (2, 3, 4, 7)
+"""XFRMNLGRP_EXPIRE, _SA, _POLICY and _MIGRATE: whatever changes a table.
+
+_MAPPING (8) is not among them: the kernel tells of a peer's new address with each packet, before
+anybody believed it, and moves nothing. Whoever keys the SA does, and that is told.
+"""
 
 _AF_INET = 2
 _AF_INET6 = 10

@@ -179,6 +179,16 @@ async def test_asking_takes_in_what_was_told_before(
     assert backend.mirror.get(KEY._replace(spi=0x3003)) is not None
 
 
+async def test_another_thread_takes_nothing(kernel: FakeKernel, backend: XfrmBackend) -> None:
+    kernel.emit(m.message(m.FLUSHSA, b"\0"))
+    thread = threading.Thread(target=backend.drain)
+    thread.start()
+    thread.join()
+    assert list(backend.mirror.sas())
+    backend.drain()
+    assert not list(backend.mirror.sas())
+
+
 async def test_asking_may_find_that_events_were_lost(
     kernel: FakeKernel, backend: XfrmBackend
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import subprocess
@@ -111,6 +112,17 @@ async def test_events_during_a_dump_are_played_after_it(kernel: FakeKernel, link
     assert not links.opaque
 
 
+async def test_asking_during_a_dump_does_not_disturb_it(kernel: FakeKernel, links: Links) -> None:
+    kernel.links = [link(n) for n in range(1, 5)] + [link(5, "xfrm")]
+    kernel.local.add(m.A)
+    loading = asyncio.ensure_future(links.load())
+    while not loading.done():
+        assert links.is_local(m.A)
+        await asyncio.sleep(0)
+    await loading
+    assert links.interfaces == {5}
+
+
 async def test_an_interrupted_dump_is_repeated(kernel: FakeKernel, links: Links) -> None:
     rounds = iter([wire.NLM_F_DUMP_INTR, wire.NLM_F_DUMP_INTR, 0])
     kernel.answer = lambda protocol, kind, sequence, payload: [
@@ -163,9 +175,10 @@ def test_no_answer_and_no_address_are_local(kernel: FakeKernel, links: Links) ->
     assert links.is_local(b"")
 
 
-def test_half_opened_is_closed(kernel: FakeKernel) -> None:
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_half_opened_is_closed(kernel: FakeKernel, opened: int) -> None:
     def factory(family: int, kind: int, protocol: int) -> socket.socket:
-        if kernel.opened:
+        if len(kernel.opened) == opened:
             raise OSError(errno.EMFILE, "Too many open files")
         return kernel.socket(family, kind, protocol)
 

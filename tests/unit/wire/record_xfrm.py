@@ -265,6 +265,7 @@ def mapping(recorder: Recorder) -> None:
          "import socket as s; a=s.socket(2,2); a.setsockopt(17,100,2); a.bind(('',4555))\n"
          "b=s.socket(2,2); b.sendto(b'x',('198.51.100.1',9)); b.sendto(b'x',('198.51.100.1',9))"])  # fmt: skip
     recorder.take("mapping", "(a datagram from port 4555 instead of 4500)", 1)
+    recorder.dump("states after mapping", "state list nokeys", 0x12)
     here.close()
     run("ip netns del peer", shell=True)
 

@@ -317,6 +317,13 @@ def test_mapping() -> None:
     assert set(mapped) == {SAMapped(added.sa.key, 3, peer, peer, 4500, 4555)}
 
 
+def test_a_mapping_moves_nothing_in_the_kernel() -> None:
+    assert 8 not in xfrm.GROUPS
+    after = sa("states after mapping")
+    assert after.key == sa("mapping").key
+    assert after.encapsulation == Encapsulation(2, 4500, 4500)
+
+
 def test_no_key_is_left_in_any_value() -> None:
     seen = 0
     for data in MESSAGES:
