@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ipsec_aio.wire.vici import Packet, PacketReader, PacketType, encode_packet
+from ipsec_aio.wire.vici import Message, Packet, PacketReader, PacketType, encode_packet
 
 RECORDED = Path(__file__).parent.parent / "wire" / "recorded"
 
@@ -32,12 +32,13 @@ class FakeCharon:
     def __init__(self, path: Path, host: str = "responder") -> None:
         self.path = path
         self.known = {"ike-updown", "child-updown", "child-rekey", "control-log"}
-        self.answers = {}
-        self.asked = []
+        self.answers: dict[str, tuple[Packet, list[Packet]] | bytes | None] = {}
+        self.asked: list[Packet] = []
         self.changed = asyncio.Event()
-        self.clients = {}
-        self.serving = set()
-        self.server = None
+        self.clients: dict[asyncio.StreamWriter, set[str]] = {}
+        self.serving: set[asyncio.Task[None]] = set()
+        self.server: asyncio.Server | None = None
+        best: dict[str, list[Packet]] = {}
         for _, connection, sent, received in recording(host):
             if connection == "commands":
                 for request in sent:
@@ -48,10 +49,9 @@ class FakeCharon:
                         )
                         if answer.type is PacketType.CMD_RESPONSE:
                             # list-sas is recorded often: keep what lists most.
-                            old = self.answers.get(request.name, (answer, []))
-                            best = max(old[1], streamed, key=len)
-                            self.answers[request.name] = answer, best
-                            self.known.update(p.name for p in best)
+                            best[request.name] = max(best.get(request.name, []), streamed, key=len)
+                            self.answers[request.name] = answer, best[request.name]
+                            self.known.update(p.name for p in streamed)
             elif sent:
                 self.known.update(p.name for p in sent)
         self.known |= {"list-authority", "list-sa", "list-cert", "list-conn"}
@@ -61,6 +61,7 @@ class FakeCharon:
 
     async def stop(self) -> None:
         """End as a killed daemon does: connections end, the socket's file stays."""
+        assert self.server is not None
         self.server.close()
         for writer in list(self.clients):
             writer.transport.abort()
@@ -68,13 +69,13 @@ class FakeCharon:
             await asyncio.wait(self.serving)
         await self.server.wait_closed()
 
-    async def until(self, condition) -> None:
+    async def until(self, condition: Callable[[], object]) -> None:
         """Wait until something holds that changes with requests and connections."""
         while not condition():
             self.changed.clear()
             await self.changed.wait()
 
-    def raise_event(self, name: str, message: dict) -> None:
+    def raise_event(self, name: str, message: Message) -> None:
         data = encode_packet(PacketType.EVENT, name, message)
         for writer, names in self.clients.items():
             if name in names:
@@ -92,9 +93,11 @@ class FakeCharon:
             if names:
                 writer.transport.abort()
 
-    async def _serve(self, reader, writer) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         names = self.clients[writer] = set()
-        self.serving.add(asyncio.current_task())
+        task = asyncio.current_task()
+        assert task is not None
+        self.serving.add(task)
         cutter = PacketReader()
         try:
             while data := await reader.read(65536):
@@ -107,9 +110,9 @@ class FakeCharon:
             await asyncio.gather(writer.wait_closed(), return_exceptions=True)
             del self.clients[writer]
             self.changed.set()
-            self.serving.discard(asyncio.current_task())
+            self.serving.discard(task)
 
-    def _answer(self, packet: Packet, names: set[str], writer) -> None:
+    def _answer(self, packet: Packet, names: set[str], writer: asyncio.StreamWriter) -> None:
         self.asked.append(packet)
         self.changed.set()
         if packet.type in (PacketType.EVENT_REGISTER, PacketType.EVENT_UNREGISTER):
