@@ -3,28 +3,33 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LAB := $(PYTHON) tests/lab/run.py
+# CPython's own tests, where this Python came without them.
+export CPYTHON_TESTS ?= $(abspath $(wildcard .lab/root/usr/lib/python3.*))
 
 help:
 	@echo 'make demo      see it: real IPsec between two hosts, in a virtual machine'
-	@echo 'make test      everything: lint, types, tests, coverage, and the lab'
-	@echo 'make lab       the tests that need a real kernel; K=expression selects some'
-	@echo 'make unit      the tests that need none; K=expression selects some'
+	@echo 'make test      everything: lint, types, tests with their coverage, and the lab'
+	@echo 'make unit      the tests that need no kernel of their own; K=expression selects'
+	@echo 'make lab       the tests on real IPsec, in a virtual machine; K=expression selects'
 	@echo 'make lint      ruff: style and format'
 	@echo 'make types     mypy and pyright, both strict'
-	@echo 'make clean     remove what was built; make distclean removes downloads too'
+	@echo 'make clean     remove what was made; make distclean removes downloads, too'
 
 test: lint types unit lab
 
 .venv/ready: pyproject.toml tests/lab/prepare.sh
 	@PYTHON=$(PYTHON) sh tests/lab/prepare.sh python
-	@echo 'installing ipsec_aio and its tools into .venv (a minute)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@echo 'prepare: ipsec_aio and its tools go into .venv (a minute)'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 .lab/ready: tests/lab/prepare.sh
 	@PYTHON=$(PYTHON) sh tests/lab/prepare.sh lab
 	@touch $@
+
+demo: .venv/ready .lab/ready
+	@$(LAB) --limit 300 -- .venv/bin/python tests/lab/demo.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -35,13 +40,15 @@ types: .venv/ready
 	$(BIN)/pyright
 
 unit: .venv/ready
-	$(BIN)/pytest $(if $(K),-k '$(K)')
+ifdef K
+	$(BIN)/pytest -k '$(K)'
+else
+	$(BIN)/pytest --cov --cov-report=term --cov-report=json:.coverage.json
+	$(BIN)/python tests/coverage_gate.py .coverage.json
+endif
 
 lab: .venv/ready .lab/ready
-	$(LAB) -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
-
-demo: .venv/ready .lab/ready
-	@$(LAB) --limit 300 -- .venv/bin/python tests/lab/demo.py
+	$(LAB) --limit 3600 -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
 
 clean:
 	rm -rf build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .lab/run-*
