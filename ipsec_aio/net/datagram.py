@@ -336,22 +336,20 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
     def _maybe_pause(self) -> None:
         if self._buffer_size > self._high_water and not self._writing_paused:
             self._writing_paused = True
-            try:
-                self._protocol.pause_writing()
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as exc:
-                self._report(exc, "protocol.pause_writing() failed")
+            self._tell(self._protocol.pause_writing, "pause_writing")
 
     def _maybe_resume(self) -> None:
         if self._writing_paused and self._buffer_size <= self._low_water:
             self._writing_paused = False
-            try:
-                self._protocol.resume_writing()
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as exc:
-                self._report(exc, "protocol.resume_writing() failed")
+            self._tell(self._protocol.resume_writing, "resume_writing")
+
+    def _tell(self, callback: Callable[[], object], name: str) -> None:
+        try:
+            callback()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._report(exc, f"protocol.{name}() failed")
 
     # The end.
 

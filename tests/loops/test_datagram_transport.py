@@ -270,6 +270,20 @@ class TestWriting:
         far.close()
 
     @STOCK_IS_ASYNCIO
+    async def test_the_end_of_the_program_is_not_held_up(self, create: Create) -> None:
+        transport, protocol, far = await stuffed(create)
+
+        def end() -> None:
+            raise SystemExit
+
+        protocol.pause_writing = end
+        with pytest.raises(SystemExit):
+            transport.set_write_buffer_limits(high=0)
+        transport.abort()
+        await protocol.log.until("lost")
+        far.close()
+
+    @STOCK_IS_ASYNCIO
     @pytest.mark.parametrize("data", ["text", None, 3, [1]])
     async def test_data_must_be_bytes(self, create: Create, data: Any) -> None:
         transport, _ = await create(Plain, HERE)
