@@ -182,7 +182,7 @@ class TestSockets:
         self, monkeypatch: pytest.MonkeyPatch, nothing_left: None
     ) -> None:
         monkeypatch.setattr(socket, "SO_REUSEPORT", 9999)
-        with pytest.raises(ValueError, match="reuse_port not supported .*defined but not"):
+        with pytest.raises(ValueError, match=r"reuse_port not supported .*defined but not"):
             await create_datagram_endpoint(Plain, HERE, reuse_port=True, backend=memory())
         monkeypatch.delattr(socket, "SO_REUSEPORT")
         with pytest.raises(ValueError, match="reuse_port not supported"):
