@@ -191,10 +191,14 @@ class Recorder:
         assert self.monitor.stdout is not None
         time.sleep(wait)
         print(f"== {name}\n$ {command}")
+        told = 0
         while select.select([self.socket], [], [], 0)[0]:
             for message in split(self.socket.recv(1 << 16)):
                 print("<", message.hex())
-        while select.select([self.monitor.stdout], [], [], 0)[0]:
+                told += 1
+        # The monitor writes each message at once, but may be late with the first.
+        while told and select.select([self.monitor.stdout], [], [], 3 if told > 0 else 0.3)[0]:
+            told = -1
             for line in os.read(self.monitor.stdout.fileno(), 1 << 16).decode().splitlines():
                 print("|", line)
         print(flush=True)
