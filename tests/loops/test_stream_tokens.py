@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import select
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from stream_tools import (
@@ -99,7 +99,7 @@ async def test_tokens_of_interleaved_connections_never_mix(tls: Any) -> None:
     seen = Log()
 
     class Watching(ipsec_aio.Protocol):
-        peers: list[Any] = []
+        peers: ClassVar[list[Any]] = []
 
         def connection_made(self, transport: Any, ptoken: Any) -> None:
             self.transport, self.ptoken, self.tasks = transport, ptoken, []
@@ -161,8 +161,9 @@ async def test_reading_resumed_from_outside_stays_in_the_connections_context(tls
         await server_side.log.bytes(3)
         server_side.transport.pause_reading()
         client.transport.write(b"two")
-        # A TLS layer goes on reading, and hands it out on resumption.
-        await _arrived(server_side.transport.get_extra_info("socket"), taken=bool(tls[0]))
+        if tls[0]:
+            # The TLS layer goes on reading, and hands it out on resumption.
+            await _taken_in(server_side.transport.get_extra_info("socket"))
         server_side.transport.resume_reading()
         await server_side.log.bytes(6)
         client.transport.write(b"three")
@@ -170,12 +171,11 @@ async def test_reading_resumed_from_outside_stays_in_the_connections_context(tls
         assert {seen for _, seen in server_side.log.of("data")} == {token}
 
 
-async def _arrived(sock: Any, *, taken: bool) -> None:
+async def _taken_in(sock: Any) -> None:
     """Wait until something has arrived, and until the loop has taken it in."""
     async with asyncio.timeout(5):
-        while not select.select([sock.fileno()], [], [], 0)[0]:
-            await asyncio.sleep(0)
-        while taken and select.select([sock.fileno()], [], [], 0)[0]:
+        assert select.select([sock.fileno()], [], [], 5)[0]
+        while select.select([sock.fileno()], [], [], 0)[0]:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
 
