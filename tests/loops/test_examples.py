@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import ipsec_aio
+
 PROJECT = Path(__file__).parents[2]
 EXAMPLES = sorted((PROJECT / "examples").glob("*.py"))
 BACKEND = f"memory:{PROJECT / 'examples/peers.toml'}"
@@ -110,3 +112,24 @@ def test_examples_are_short_and_use_public_names_only() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom):
                 assert node.module in ("__future__", "ipsec_aio"), path.name
+
+
+def test_the_readme_shows_a_program_of_public_names() -> None:
+    found = re.search(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    assert found
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(found[1]))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "ipsec_aio"
+    }
+    assert used
+    assert used <= set(ipsec_aio.__all__)
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for path in (*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
