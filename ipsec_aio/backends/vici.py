@@ -332,7 +332,16 @@ class EventStream:
         self._emptied = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._connected = False
+        self._serial = 0
         self._closed = False
+
+    @property
+    def connection(self) -> int:
+        """The number of the connection on which all events are registered, 0 where there is none.
+
+        It may be ahead of what was taken from the stream.
+        """
+        return self._serial if self._connected else 0
 
     def __aiter__(self) -> EventStream:
         return self
@@ -387,7 +396,7 @@ class EventStream:
         pause = first
         told = False
         while True:
-            self._connected = False
+            before = self._serial
             try:
                 await self._listen()
             except ViciError:
@@ -400,7 +409,7 @@ class EventStream:
                 told, pause = True, first
                 continue
             except BackendError as error:
-                if self._connected or not told:
+                if self._serial != before or not told:
                     self._put(ViciDisconnected(error))
                     told, pause = True, first
             await asyncio.sleep(pause)
@@ -414,6 +423,7 @@ class EventStream:
             for name in self._names:
                 early += await connection.register(name)
             self._connected = True
+            self._serial += 1
             self._put(ViciConnected())
             for packet in early:
                 self._put(ViciEvent(packet.name, packet.message))
@@ -425,6 +435,7 @@ class EventStream:
                     raise BackendOverrun(f"more than {self._limit} events were not taken")
                 self._put(ViciEvent(packet.name, packet.message))
         finally:
+            self._connected = False
             await client._release(connection)  # pyright: ignore[reportPrivateUsage]
 
 

@@ -440,8 +440,9 @@ class TestEvents:
 
     async def test_restarts_again_and_again(self, charon, client):
         async with client.events("ike-updown") as events:
-            for _ in range(5):
+            for number in range(1, 6):
                 assert await take(events, 1) == [ViciConnected()]
+                assert events.connection == number
                 charon.hang_up()
                 (gone,) = await take(events, 1)
                 assert "closed the connection" in str(gone.error) or gone.error.errno
@@ -456,6 +457,22 @@ class TestEvents:
             assert await take(events, 1) == [ViciConnected()]
         await client.aclose()
         await charon.stop()
+
+    async def test_absence_is_told_once(self, tmp_path, monkeypatch):
+        attempts = asyncio.Semaphore(0)
+
+        async def absent(path):
+            attempts.release()
+            raise FileNotFoundError(errno.ENOENT, "No such file")
+
+        monkeypatch.setattr(asyncio, "open_unix_connection", absent)
+        client = ViciClient(str(tmp_path / "none"), backoff=BACKOFF)
+        async with client.events("ike-updown") as events:
+            for _ in range(4):
+                await attempts.acquire()
+            assert isinstance((await take(events, 1))[0], ViciDisconnected)
+            assert events.connection == 0
+            assert not events._queue
 
     async def test_an_unknown_event(self, charon, client):
         async with client.events("ike-updown", "no-such") as events:
