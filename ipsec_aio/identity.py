@@ -124,7 +124,14 @@ class Certificate:
             subject = certificate.subject.public_bytes()
             issuer = certificate.issuer.public_bytes()
             extensions = certificate.extensions
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except (
+            ValueError,
+            TypeError,
+            UnsupportedAlgorithm,
+            x509.DuplicateExtension,
+            x509.InvalidVersion,
+            x509.UnsupportedGeneralNameType,
+        ) as error:
             raise CodecError(f"not a certificate: {error}") from error
         try:
             public_key = certificate.public_key().public_bytes(
@@ -319,7 +326,9 @@ class IToken:
         tell it; text that is no name of any other kind is a KEY_ID.
 
         ``certificates`` are those that the daemon has. Where ``authentication_method`` is one of
-        PKIX, those among them that have this identity give its details, as far as they agree;
+        PKIX, those among them that have this identity give its details, as far as they agree (the
+        daemon lists what it has loaded and cached, not what the peer used: pass none where a
+        certificate with this identity may be valid that is not among them);
         ``local_public_key``, the DER of this end's SubjectPublicKeyInfo, then gives the channel
         binding. A distinguished name of several RDNs is opaque without such a certificate, unless
         ``trust_dn_text`` says that no CA in use issues names with a comma and an ``=`` in a value,
@@ -588,6 +597,8 @@ def _has_utf8(text: str) -> bool:
 # An attribute type as strongSwan prints it: a name, or an OID's content in hex.
 _PRINTED_TYPE = re.compile(r"([A-Za-z]+|[0-9a-f]{2}(?::[0-9a-f]{2})+)=")
 _PRINTED_COMMA = re.compile(r", (?=[A-Za-z0-9:.-]+=)")
+# A surname to strongSwan today, a serial number in older releases.
+_AMBIGUOUS_TYPES: Final = frozenset({"SN"})
 _HEX_COLONS = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2})+")
 
 
@@ -602,7 +613,7 @@ def _read(text: str, trust_dn_text: bool) -> IToken:
         for part in parts:
             printed, _, value = part.partition("=")
             oid = names.printed_type(printed)
-            if oid is None:
+            if oid is None or printed in _AMBIGUOUS_TYPES:
                 return IToken(IdentityKind.DN, text, opaque=True)
             attributes.append(names.Attribute(oid, value))
         return IToken(IdentityKind.DN, str(names.DN(tuple((each,) for each in attributes))))

@@ -456,6 +456,7 @@ class TestFromIKE:
             "C=CH, O=strongSwan, CN=moon",
             "CN=mallory, OU=Admins",
             "CN=a, newAttribute=b",
+            "SN=7",
             "CN=Zo??",
             "C=CH, O=x, 55:04:03=moon",
         ],
@@ -656,6 +657,23 @@ class TestCertificates:
     def test_no_certificate(self, data):
         with pytest.raises(CodecError, match="not a certificate"):
             Certificate.decode(data)
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("0603551d0e", "0603551d11"),  # two extensions of one kind
+            ("a003020102", "a003020105"),  # version 6
+            ("82106d6f6f6e", "83106d6f6f6e"),  # an X.400 address among the names
+        ],
+    )
+    def test_odd_certificates(self, old, new):
+        def mangle(der):
+            assert bytes.fromhex(old) in der
+            return der.replace(bytes.fromhex(old), bytes.fromhex(new))
+
+        names = [x509.DNSName("moon.example.org")]
+        with pytest.raises(CodecError, match="not a certificate"):
+            certify(names=names, key_id=True, mangle=mangle)
 
     def test_an_unknown_kind_of_key(self):
         # The curve's OID, prime256v1, becomes one that nobody knows.

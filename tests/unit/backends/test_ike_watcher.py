@@ -164,6 +164,7 @@ async def test_events_cut_off_during_the_listing_leave_it_unsynced(charon, watch
     synced = []
     watcher._changed = lambda: (synced.append(watcher.table.synced), changes.event.set())
     charon.lists([])
+    charon.tells(recorded("eap up"))
     listing = [w for w, events in charon.clients.items() if "list-sa" in events]
     for writer, events in charon.clients.items():
         if "ike-updown" in events:
@@ -176,6 +177,7 @@ async def test_events_cut_off_during_the_listing_leave_it_unsynced(charon, watch
     await watcher.synced()
     assert synced[0] is False
     assert synced[-1] is True
+    assert names(watcher) == []
 
 
 async def test_events_cut_off_while_the_listing_fails(charon, watcher, changes):
