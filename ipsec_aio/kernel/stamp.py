@@ -317,17 +317,18 @@ class KernelStamp(Stamp):
 
     def _look(self) -> None:
         self._marks_problem = self._marks().problem
+        handle = self._state.handle
         try:
             self._state = stamp_table.read(self._netlink)
             self._unread = False
         except BackendError as error:
-            self._state = TableState()
+            self._state = TableState(handle=handle)
             self._unread = True
             self._refusal = error
             self._problem = error.strerror or str(error)
             return
         self._problem = self._marks_problem or self._state.problem
-        self._added &= self._state.ports
+        self._added &= self._state.ports if self._state.handle == handle else set()
 
     def _restore(self) -> None:
         try:

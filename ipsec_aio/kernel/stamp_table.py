@@ -88,7 +88,8 @@ class TableState:
 
     ``owner`` is the netlink port id of the socket that the table goes with, 0 for none. ``faults``
     names everything that differs from what is meant; ``late_writers`` the foreign rules that could
-    write the mark after it.
+    write the mark after it. ``comment`` is the table's; ``handle`` tells it from one that was there
+    before under the same name.
     """
 
     installed: bool = False
@@ -99,6 +100,7 @@ class TableState:
     late_writers: tuple[str, ...] = ()
     late: frozenset[LateTable] = frozenset()
     comment: str = ""
+    handle: int = 0
 
     @property
     def problem(self) -> str:
@@ -170,6 +172,7 @@ def _read(netlink: NftSocket) -> TableState:
         late_writers=found,
         late=late,
         comment=nft.unpack_text(table.attributes.get(6, b"")[2:]),
+        handle=number(table.attributes.get(4)),
     )
 
 

@@ -402,6 +402,38 @@ async def test_a_port_taken_out_by_others_is_put_back(opened: Open, admin: NftSo
     assert stamp.generation == second
 
 
+async def test_ports_of_a_table_put_there_later_stay(opened: Open, admin: NftSocket) -> None:
+    persistent(admin)
+    stamp = await opened("use")
+    covered = stamp.cover(UDP, 5000)
+    persistent(admin, 5000, replace=True)
+    stamp.refresh()
+    stamp.cover(UDP, 5001)
+    covered.close()
+    stamp.close()
+    assert stamp_table.read(admin).ports == {(UDP, 5000)}
+
+
+async def test_a_port_lost_while_looking_costs_the_generation(
+    opened: Open, admin: NftSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    persistent(admin)
+    stamp = await opened("use")
+    covered = stamp.cover(UDP, 5000)
+    first = covered.generation
+    read = stamp_table.read
+
+    def lose_and_read(netlink: NftSocket) -> stamp_table.TableState:
+        monkeypatch.undo()
+        stamp_table.remove_ports(admin, [Port(UDP, 5000)])
+        return read(netlink)
+
+    stamp_table.add_ports(admin, [Port(UDP, 6000)])
+    monkeypatch.setattr(stamp_table, "read", lose_and_read)
+    stamp.refresh()
+    assert covered.generation > first
+
+
 async def test_use_takes_an_owned_table_as_it_is(opened: Open) -> None:
     owner = await opened("install")
     owner.cover(UDP, 5000)
@@ -615,16 +647,18 @@ async def test_what_could_not_be_read_is_read_again(
 ) -> None:
     persistent(admin)
     stamp = await opened("use")
-    first = stamp.generation
+    first = stamp.cover(UDP, 5000).generation
     with monkeypatch.context() as patched:
         patched.setattr(stamp_table, "_ATTEMPTS", 0)
-        persistent(admin, replace=True)
+        stamp_table.add_ports(admin, [Port(UDP, 6000)])
         stamp.refresh()
     assert stamp.generation == 0
     assert "change all the time" in stamp.problem
     admin.commit([table("other")])
     stamp.refresh()
     assert stamp.generation > first
+    stamp.close()
+    assert stamp_table.read(admin).ports == {(UDP, 6000)}
 
 
 async def test_an_event_socket_that_fails_costs_the_generation(
