@@ -102,21 +102,22 @@ class NetlinkSocket:
         size = _BUFFER_SIZE
         view = memoryview(self._buffer)
         try:
-            size, _, flags, sender = self._socket.recvmsg_into([view])
+            try:
+                size, _, flags, sender = self._socket.recvmsg_into([view])
+            except BlockingIOError:
+                size = 0
+                return False
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                raise BackendOverrun(
+                    errno.ENOBUFS, "netlink events came faster than they were read"
+                ) from None
             if flags & socket.MSG_TRUNC:
                 raise BackendOverrun(errno.EMSGSIZE, "a netlink message was longer than the buffer")
             if sender[0] == 0:
                 for message in wire.messages(view, size):
                     take(view, message)
-        except BlockingIOError:
-            size = 0
-            return False
-        except OSError as error:
-            if error.errno == errno.ENOBUFS and not isinstance(error, BackendError):
-                raise BackendOverrun(
-                    errno.ENOBUFS, "netlink events came faster than they were read"
-                ) from None
-            raise
         finally:
             view[:size] = bytes(size)
             view.release()

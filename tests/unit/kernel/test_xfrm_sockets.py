@@ -242,13 +242,16 @@ def test_the_buffer_is_overwritten_when_decoding_fails(
     assert not any(contents(events))
 
 
-def test_the_buffer_is_overwritten_when_the_callback_fails(kernel: FakeKernel) -> None:
+@pytest.mark.parametrize("failure", [KeyError, BackendOverrun, BlockingIOError])
+def test_the_buffer_is_overwritten_when_the_callback_fails(
+    kernel: FakeKernel, failure: type[Exception]
+) -> None:
     def take(event: Event) -> None:
-        raise KeyError
+        raise failure
 
     events = XfrmEvents(take, factory=kernel.socket)
     kernel.emit(NEWSA)
-    with pytest.raises(KeyError):
+    with pytest.raises((failure, BackendUnavailable)):
         events.drain()
     assert not any(contents(events))
     events.close()
