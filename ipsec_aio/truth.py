@@ -4,8 +4,9 @@ Rules:
 
 * What cannot be told is UNKNOWN: doubt about the evidence, a mirror out of sync, a stamp of
   another generation, contradictions.
-* A stamp names a number, not an SA: every inbound SA with that number that may have carried the
-  packet counts, of any protocol, and removed ones too, since packets wait in queues.
+* A stamp names a number, not an SA: one inbound SA with that number must fit the addresses, and
+  all under which the kernel may have let the packet in count: of any protocol and any source, and
+  removed ones too, since packets wait in queues.
 * Without a stamp the SPD is asked, and that is inference. It says nothing of what this host sends
   to itself, nor where interfaces, marks or NAT may have led the packet past it.
 * "No SA" is no proof of clear traffic where one may have carried it.
@@ -80,14 +81,14 @@ class TruthTable:
         doubts = self._doubts(evidence)
         if doubts is not None:
             return doubts
-        living = self._fitting(self.mirror.sad, evidence)
-        buried = self._fitting(self.mirror.graveyard, evidence)
+        living = self._possible(self.mirror.sad, evidence)
+        buried = self._possible(self.mirror.graveyard, evidence)
         if now > deadline:
             known = [r for r in (*living, *buried) if r.added <= deadline]
-            return (
-                self._exact(known, evidence) if known else unknown("its SA never came to be known")
-            )
-        return self._exact([*living, *buried], evidence) if living else MISSING
+            if _any_fits(known, evidence):
+                return self._exact(known, evidence)
+            return unknown("its SA never came to be known")
+        return self._exact([*living, *buried], evidence) if _any_fits(living, evidence) else MISSING
 
     def _doubts(self, evidence: Evidence) -> Verdict | None:
         if evidence.doubt:
@@ -113,27 +114,39 @@ class TruthTable:
 
     def _by_spi(self, evidence: Evidence) -> Verdict:
         sad, graveyard, spi = self.mirror.sad, self.mirror.graveyard, evidence.spi
-        living = self._fitting(sad, evidence)
+        living = self._possible(sad, evidence)
         certain = True
-        if not living:
+        if not _any_fits(living, evidence):
             # The number of a removed SA may be in use again.
-            keys = {r.sa.key for r in self._fitting(graveyard, evidence)}
+            keys = {r.sa.key for r in self._possible(graveyard, evidence)}
             keys.update(SAKey(evidence.local, proto, spi) for proto in PROTECTING)
             answers = [self.lookup_missing(key) for key in keys]
             certain = all(answers)
-            living = self._fitting(sad, evidence)
-        buried = self._fitting(graveyard, evidence)
-        if living or (buried and certain):
+            living = self._possible(sad, evidence)
+        buried = self._possible(graveyard, evidence)
+        if _any_fits(living, evidence) or (certain and _any_fits(buried, evidence)):
             return self._exact([*living, *buried], evidence)
         if certain and any(not r.sa.larval for r in sad.numbered(spi)):
             return unknown("the SA with this SPI is not for these addresses")
         return MISSING
 
-    def _fitting(self, index: Index, evidence: Evidence) -> list[Record]:
+    def _possible(self, index: Index, evidence: Evidence) -> list[Record]:
+        """Return the SAs with this number under which the kernel may have let the packet in.
+
+        It asks for destination, protocol and number, never for the source, which the sender of
+        an unauthenticated packet (IPComp) chooses; and NAT may have led the packet from one own
+        address to another.
+        """
         return [
             record
             for record in index.numbered(evidence.spi)
-            if fits(record.sa, evidence) and not self._outbound(record.sa)
+            if _inbound(sa := record.sa)
+            and (
+                sa.selector.matches(evidence.flow) and not self._outbound(sa)
+                if sa.mode in TUNNELS
+                else sa.destination == evidence.local
+                or (len(sa.destination) == len(evidence.local) and self.is_own(sa.destination))
+            )
         ]
 
     def _outbound(self, sa: SA) -> bool:
@@ -223,11 +236,19 @@ class TruthTable:
 
 def fits(sa: SA, evidence: Evidence) -> bool:
     """Whether an SA may have carried this packet inwards, by addresses, selector and direction."""
-    if sa.larval or sa.direction not in (None, Direction.IN):
+    if not _inbound(sa):
         return False
     if sa.mode in TUNNELS:
         return sa.selector.matches(evidence.flow)
     return sa.destination == evidence.local and (sa.source == evidence.peer or not any(sa.source))
+
+
+def _inbound(sa: SA) -> bool:
+    return not sa.larval and sa.direction in (None, Direction.IN)
+
+
+def _any_fits(records: Iterable[Record], evidence: Evidence) -> bool:
+    return any(fits(record.sa, evidence) for record in records)
 
 
 def _carries(sa: SA, evidence: Evidence) -> bool:

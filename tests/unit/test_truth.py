@@ -204,8 +204,34 @@ def test_of_several_the_weakest_counts(twin, privacy, integrity, tunnel_mode, or
 
 
 def test_a_larval_twin_and_one_for_others_do_not_count():
-    bench = Bench(esp(), larval(0x1001, proto=51), null(source=OTHER), null(destination=OTHER))
+    bench = Bench(esp(), larval(0x1001, proto=51), null(destination=OTHER), ah(destination=OTHER))
     assert bench.judge(seen(0x1001)).protection.privacy is True
+
+
+@pytest.mark.parametrize(("twin", "protected"), [(comp, False), (ah, True)])
+def test_a_spoofed_source_does_not_borrow_another_s_strength(twin, protected):
+    """The kernel finds an inbound SA without looking at the source of the packet."""
+    for facts in ([esp(), twin(source=OTHER)], [twin(source=OTHER), esp()]):
+        p = Bench(*facts).judge(seen(0x1001)).protection
+        assert (p.privacy, p.integrity) == (False, protected)
+
+
+def test_a_removed_sa_lends_nothing_to_its_successor_from_elsewhere():
+    bench = Bench(esp(source=OTHER))
+    bench.tell(null())
+    p = bench.judge(seen(0x1001, peer=OTHER)).protection
+    assert (p.privacy, p.integrity) == (False, True)
+    bench.wait(TOMBSTONE_SECONDS)
+    assert bench(seen(0x1001, peer=OTHER)) is UNKNOWN
+
+
+def test_nat_between_own_addresses_makes_a_twin_possible():
+    bench = Bench(esp(), comp(destination=OTHER), null(destination=pack_address("2001:db8::1")))
+    assert bench.judge(seen(0x1001)).protection.integrity is True
+    bench.table.is_own = lambda address: True
+    p = bench.judge(seen(0x1001)).protection
+    assert (p.privacy, p.integrity) == (False, False)
+    assert len(p.groups) == 2, "of the other family it cannot have been"
 
 
 def test_two_tunnels_with_one_number_are_told_apart_by_their_selectors_only():
@@ -594,7 +620,7 @@ def test_no_claim_without_proof(known, spi, generation, peer, synced, opaque):
         assert verdict.assurance in (EXACT, POLICY)
         suitable = [
             sa
-            for sa in bench.mirror.sas()
+            for sa in (*bench.mirror.sas(), *bench.mirror.tombstones())
             if sa.authenticates
             and sa.direction is None
             and (sa.mode is Mode.TUNNEL or (sa.source, sa.destination) == (peer, LOCAL))
@@ -603,3 +629,13 @@ def test_no_claim_without_proof(known, spi, generation, peer, synced, opaque):
         assert suitable
         if p.privacy:
             assert any(sa.encrypts for sa in suitable)
+        if generation:
+            # Whatever the source says, none of those with this number may be weaker.
+            assert all(
+                sa.authenticates and (sa.encrypts or not p.privacy)
+                for sa in bench.mirror.sas()
+                if sa.spi == spi
+                and sa.destination == LOCAL
+                and sa.direction is None
+                and not sa.larval
+            )
