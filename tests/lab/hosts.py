@@ -38,6 +38,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -56,6 +57,7 @@ MODES = ("transport", "tunnel")
 
 _CLONE_NEWNET = 0x40000000
 _SO_RCVMARK = 75
+_END = "end-of-lines"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -87,6 +89,7 @@ class Host:
     _namespace: int = -1
     _stack: list[int] = field(default_factory=list)
     _undo: list[Callable[[], object]] = field(default_factory=list)
+    _tool: subprocess.Popen[str] | None = None
 
     @property
     def v4(self) -> str:
@@ -157,10 +160,52 @@ class Host:
 
     # -- configuration ---------------------------------------------------------------------
 
-    def ip(self, *lines: str) -> None:
-        """Run lines of ``ip`` here, all in one process: ``bob.ip("xfrm policy flush")``."""
-        with self:
-            run("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
+    def ip(self, *lines: str) -> str:
+        """Have ``ip`` carry out lines here: ``bob.ip("xfrm policy flush")``; returns its output.
+
+        One process per host does it, since starting one takes long. (``ip xfrm state list`` would
+        end it: use :meth:`show` for lists.)
+        """
+        tool = self._tool
+        if tool is None or tool.poll() is not None:
+            with self:
+                tool = self._tool = subprocess.Popen(
+                    ["stdbuf", "-oL", "ip", "-s", "-force", "-batch", "-"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+        assert tool.stdin is not None
+        assert tool.stdout is not None
+        tool.stdin.write("\n".join((*lines, _END, "")))
+        tool.stdin.flush()
+        said: list[str] = []
+        while (line := tool.stdout.readline()) and not line.startswith(f'Object "{_END}"'):
+            said.append(line)
+        if line:
+            tool.stdout.readline()  # it calls that a failed command, too
+        else:
+            self._forget_tool()
+        text = "".join(said)
+        if not line or "Command failed" in text:
+            raise RuntimeError("\n".join((f"ip, on {self.name}:", *lines, text)))
+        return text
+
+    def _forget_tool(self) -> None:
+        tool, self._tool = self._tool, None
+        if tool is not None:
+            assert tool.stdin is not None
+            assert tool.stdout is not None
+            with suppress(BrokenPipeError):
+                tool.stdin.close()
+            tool.stdout.close()
+            tool.wait()
+
+    def close(self) -> None:
+        """End what serves this host."""
+        self._forget_tool()
+        os.close(self._namespace)
 
     def show(self, *words: str) -> str:
         """Return what a program prints here."""
@@ -234,8 +279,7 @@ class Host:
 
     def sa(self, peer: str, local: str, proto: str, spi: int) -> str:
         """Return ``ip -s xfrm state get`` of the SA from ``peer`` to ``local``."""
-        words = ("src", peer, "dst", local, "proto", proto, "spi", hex(spi))
-        return self.show("ip", "-s", "xfrm", "state", "get", *words)
+        return self.ip(f"xfrm state get src {peer} dst {local} proto {proto} spi {spi:#x}")
 
     # -- what no honest host sends ---------------------------------------------------------
 
@@ -313,7 +357,7 @@ class Network:
         enter(self._home)
         os.close(self._home)
         for host in (*self.hosts.values(), self._switch):
-            os.close(host._namespace)
+            host.close()
         run("ip", "-batch", "-", stdin="".join(f"netns del {n}\n" for n in (SWITCH, *NAMES)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ def refusing(bob: Host) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
             yield server
+            server.send_signal(signal.SIGINT)  # to be killed leaves the sysctl as it is
+            server.wait(PATIENCE)
         finally:
             server.kill()
 
