@@ -352,21 +352,21 @@ class IToken:
                 cls(IdentityKind.DN, text, opaque=True) if token.kind is IdentityKind.DN else token
             )
             proofs = [each for each in certificates if each.identifies(seen)]
-        subjects = {each.subject for each in proofs}
-        if len(subjects) > 1:
-            proofs = []
-        elif proofs and token.kind is IdentityKind.DN:
-            token = cls.from_dn(proofs[0].subject)
-        issuers = {each.issuer for each in proofs}
-        keys = {each.public_key for each in proofs} - {b""}
-        key = keys.pop() if len(keys) == 1 else None
+            subjects = {_dn(each.subject) for each in proofs}
+            if len(subjects) > 1 or None in subjects:
+                # Several holders, or one whose name has no form: it is not told who it was.
+                proofs, token = [], seen
+            elif proofs and token.kind is IdentityKind.DN:
+                token = cls.from_dn(proofs[0].subject)
+        keys = {each.public_key for each in proofs}
+        key = keys.pop() if len(keys) == 1 else b""
         return cls(
             token.kind,
             token.value,
             opaque=token.opaque,
             authentication_method=authentication_method,
-            certificate_authority_dn=_text_of(issuers),
-            certificate_dn=_text_of({each.subject for each in proofs}),
+            certificate_authority_dn=_only({_dn(each.issuer) for each in proofs}),
+            certificate_dn=_only({_dn(each.subject) for each in proofs}),
             pub_key_id=hashlib.sha256(key).digest() if key else None,
             channel_binding=(
                 channel_binding(local_public_key, key) if local_public_key and key else None
@@ -639,14 +639,20 @@ def _read(text: str, trust_dn_text: bool) -> IToken:
         return IToken(IdentityKind.KEY_ID, text.encode().hex())
 
 
-def _text_of(ders: set[bytes]) -> str | None:
-    """Return the text of the only name there is, None where there is none, or more than one."""
-    if len(ders) != 1:
-        return None
+def _dn(der: bytes) -> names.DN | None:
+    """Decode a name, None for what has no canonical form."""
     try:
-        return str(names.decode_dn(next(iter(ders))))
+        return names.decode_dn(der)
     except CodecError:
         return None
+
+
+def _only(dns: set[names.DN | None]) -> str | None:
+    """Return the text of the only name there is, None where there is none, or more than one."""
+    if len(dns) != 1:
+        return None
+    (dn,) = dns
+    return None if dn is None else str(dn)
 
 
 _PREFIXES: Final = {

@@ -620,10 +620,41 @@ class TestCertificates:
         assert not certificate.identifies(IToken(DN, "CN=a", opaque=True))
         assert certificate.pub_key_id is None
 
+    def test_a_subject_that_has_no_form_leaves_the_text(self):
+        # A common name with a line feed, which strongSwan prints as a question mark.
+        subject = bytes.fromhex("300e310c300a06035504030c03610a62")
+        certificate = Certificate(subject, subject, b"k", frozenset({(FQDN, "moon")}))
+        for text in ("CN=a?b", "moon"):
+            token = IToken.from_ike(text, authentication_method=INLINE, certificates=[certificate])
+            assert token.value == text
+            assert token.opaque == (text != "moon")
+            assert token.certificate_dn is None
+            assert token.pub_key_id is None
+
     def test_an_issuer_that_is_no_name_of_ours(self):
-        certificate = Certificate(b"", b"\x00", b"", frozenset({(FQDN, "moon")}))
+        subject = certify().subject
+        certificate = Certificate(subject, b"\x00", b"", frozenset({(FQDN, "moon")}))
         token = IToken.from_ike("moon", authentication_method=INLINE, certificates=[certificate])
-        assert token == IToken(FQDN, "moon", authentication_method=INLINE)
+        assert token == IToken(FQDN, "moon", authentication_method=INLINE, certificate_dn="CN=moon")
+
+    def test_one_name_in_two_encodings_is_one_holder(self):
+        printable, utf8 = (
+            Certificate(
+                bytes.fromhex(f"300f310d300b0603550403{tag}046d6f6f6e"), b"", b"k", frozenset()
+            )
+            for tag in ("13", "0c")
+        )
+        token = IToken.from_ike(
+            "CN=moon", authentication_method=INLINE, certificates=[printable, utf8]
+        )
+        assert token.certificate_dn == "CN=moon"
+        assert token.pub_key_id == hashlib.sha256(b"k").digest()
+
+    def test_a_key_that_is_not_known_leaves_the_key_open(self):
+        subject = certify().subject
+        both = [Certificate(subject, b"", key, frozenset()) for key in (b"k", b"")]
+        token = IToken.from_ike("CN=moon", authentication_method=INLINE, certificates=both)
+        assert token.pub_key_id is None
 
     def test_a_renewed_certificate_leaves_the_key_open(self):
         both = [certify(), certify(key=KEYS[1])]
@@ -642,10 +673,16 @@ class TestCertificates:
 
     def test_two_subjects_that_are_printed_alike_prove_nothing(self):
         both = [certify("OU=b,CN=a"), certify("CN=a\\, OU=b")]
-        token = IToken.from_ike("CN=a, OU=b", authentication_method=INLINE, certificates=both)
-        assert token.opaque
-        assert token.certificate_dn is None
-        assert token.pub_key_id is None
+        for trust in (False, True):
+            token = IToken.from_ike(
+                "CN=a, OU=b",
+                authentication_method=INLINE,
+                certificates=both,
+                trust_dn_text=trust,
+            )
+            assert token.opaque
+            assert token.certificate_dn is None
+            assert token.pub_key_id is None
 
     def test_two_holders_of_one_name_prove_nothing(self):
         names = [x509.DNSName("moon.example.org")]
