@@ -153,7 +153,11 @@ class Listener:
 
     def _is_marked(self) -> bool:
         # A closed server accepts no more: what its sockets were at the end stands.
-        return self._marked or any(read_mark(sock) != 0 for sock in self._sockets)
+        try:
+            return self._marked or any(read_mark(sock) != 0 for sock in self._sockets)
+        except ValueError:
+            # uvloop's word for a socket that is closed.
+            return True
 
     def _close_if_unused(self) -> None:
         if self._closed and not self._holds:

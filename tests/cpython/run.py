@@ -2,8 +2,8 @@
 
 ``python run.py [--patched] [--uvloop] MODULE:CLASS…`` writes JSON to standard output: what became
 of each test (``ok``, ``failed``, ``skipped``), and how many calls our functions took. The tests
-are the standard library's, or else those under the directory CPYTHON_TESTS (``…/usr/lib/python3.11``), as Debian's libpython3-testsuite
-unpacks them.
+are the standard library's, or else those under the directory CPYTHON_TESTS, which is
+``usr/lib/python3.11`` of Debian's unpacked libpython3.11-testsuite.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[dict[str, str], int]:
         output, errors = process.communicate()
     if "No module named 'test" in errors:
         pytest.fail(
-            "CPython's tests are not here: put Debian's libpython3-testsuite under "
+            "CPython's tests are not here: put Debian's libpython3.11-testsuite under "
             f"{UNPACKED}, or name its directory in CPYTHON_TESTS"
         )
     assert output, errors[-4000:]

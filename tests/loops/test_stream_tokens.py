@@ -100,6 +100,7 @@ async def test_tokens_of_interleaved_connections_never_mix(tls: Any) -> None:
 
     class Watching(ipsec_aio.Protocol):
         peers: ClassVar[list[Any]] = []
+        tasks: list[Any]
 
         def connection_made(self, transport: Any, ptoken: Any) -> None:
             self.transport, self.ptoken, self.tasks = transport, ptoken, []

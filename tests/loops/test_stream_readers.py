@@ -1,0 +1,151 @@
+"""start_server, open_connection and upgrades to TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any
+
+import pytest
+from stream_tools import (
+    HOST,
+    Log,
+    Plain,
+    Tokened,
+    client_tls,
+    connected,
+    port_of,
+    protecting,
+    server_tls,
+    serving,
+)
+
+import ipsec_aio
+from ipsec_aio import Assurance, ProtectionError, Require, current_ptoken
+
+
+async def test_streams_answer_for_the_token() -> None:
+    backend = protecting()
+    seen: list[Any] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append((writer.get_extra_info("ptoken"), current_ptoken()))
+        writer.write(await reader.readline())
+        writer.close()
+        await writer.wait_closed()
+
+    async with await ipsec_aio.start_server(handle, HOST, 0, backend=backend) as server:
+        reader, writer = await ipsec_aio.open_connection(HOST, port_of(server), backend=backend)
+        writer.write(b"hello\n")
+        assert await reader.read() == b"hello\n"
+        assert writer.get_extra_info("ptoken").assurance <= Assurance.POLICY
+        writer.close()
+        await writer.wait_closed()
+    [(token, current)] = seen
+    assert token is current
+    assert token.assurance is Assurance.EXACT
+
+
+async def test_streams_know_requirements_and_plain_callbacks() -> None:
+    backend = protecting()
+    called = asyncio.Event()
+
+    def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.set()
+        writer.close()
+
+    async with await ipsec_aio.start_server(
+        handle, HOST, 0, backend=backend, require=Require(integrity=True)
+    ) as server:
+        with pytest.raises(ProtectionError):
+            await ipsec_aio.open_connection(
+                HOST, port_of(server), backend=backend, require=Require(encrypted=True)
+            )
+        await called.wait()
+
+
+async def test_a_writer_is_upgraded_on_both_sides() -> None:
+    backend = protecting()
+    seen: list[Any] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        before = writer.get_extra_info("ptoken")
+        writer.write(b"go\n")
+        await writer.start_tls(server_tls())
+        seen.append((before, writer.get_extra_info("ptoken"), current_ptoken()))
+        writer.write(await reader.readline())
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    async with await ipsec_aio.start_server(handle, HOST, 0, backend=backend) as server:
+        reader, writer = await ipsec_aio.open_connection(HOST, port_of(server), backend=backend)
+        assert await reader.readline() == b"go\n"
+        before = writer.get_extra_info("ptoken")
+        await writer.start_tls(client_tls(), server_hostname="localhost")
+        assert isinstance(writer.get_extra_info("ssl_object"), ssl.SSLObject | ssl.SSLSocket)
+        assert writer.get_extra_info("ptoken") is before
+        writer.write(b"secret\n")
+        assert await reader.readline() == b"secret\n"
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert seen[0][0] is seen[0][1] is seen[0][2]
+    assert seen[0][0].protected
+
+
+async def test_start_tls_carries_the_token_and_its_replacement() -> None:
+    backend = protecting()
+    log = Log()
+
+    class Upgrading(Tokened):
+        def connection_made(self, transport: Any, ptoken: Any) -> None:
+            super().connection_made(transport, ptoken)
+            self.task = asyncio.get_running_loop().create_task(self.upgrade())
+
+        async def upgrade(self) -> None:
+            self.transport = await ipsec_aio.start_tls(
+                self.transport, self, server_tls(), server_side=True
+            )
+            self.log.note("upgraded")
+
+    server_side = Upgrading(log)
+    loop = asyncio.get_running_loop()
+    async with serving(lambda: server_side, backend) as server:
+        raw, client = await loop.create_connection(Plain, HOST, port_of(server))
+        # A transport that is not ours passes through.
+        transport = await ipsec_aio.start_tls(raw, client, client_tls(), server_hostname="x")
+        assert transport is not None
+        assert transport.get_extra_info("ptoken") is None
+        await log.until("upgraded")
+        [(token, _)] = log.of("made")
+        assert server_side.transport.get_extra_info("ptoken") is token
+        transport.write(b"secret")
+        assert await log.bytes(6) == b"secret"
+        assert {seen for _, seen in log.of("data")} == {token}
+        backend.lose_stamp()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert server_side.transport.get_extra_info("ptoken").assurance is Assurance.UNKNOWN
+        transport.write(b"more")
+        await log.bytes(10)
+        assert log.of("data")[-1][1].assurance is Assurance.UNKNOWN
+        server_side.transport.close()
+        await log.until("lost")
+        transport.close()
+        await client.log.until("lost")
+
+
+async def test_a_failed_upgrade_is_the_loops_own_error() -> None:
+    backend = protecting()
+    server_side: Any = Tokened()
+    async with (
+        serving(lambda: server_side, backend) as server,
+        connected(port_of(server)) as client,
+    ):
+        await server_side.log.until("made")
+        client.transport.write(b"this is no TLS at all\r\n\r\n")
+        with pytest.raises(ssl.SSLError):
+            await ipsec_aio.start_tls(
+                server_side.transport, server_side, server_tls(), server_side=True
+            )
