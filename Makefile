@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LAB := $(PYTHON) tests/lab/run.py
-# CPython's own tests, where this Python came without them.
-export CPYTHON_TESTS ?= $(abspath $(wildcard .lab/root/usr/lib/python3.*))
 
 help:
 	@echo 'make demo      see it: real IPsec between two hosts, in a virtual machine'
@@ -37,7 +35,7 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: .venv/ready
 ifdef K
