@@ -83,7 +83,7 @@ class Connection(TokenCell):
         if not self.evidence.doubt and not self.evidence.generation:
             judge.inferred.add(self)
         if sock is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 registry.remember(sock, self)
         return token
 

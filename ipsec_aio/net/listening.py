@@ -46,9 +46,17 @@ def unfitness(sock: socket.socket, backend: Backend) -> str:
             return "the socket is in another network namespace"
     except BackendError:
         return "the backend is closed"
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"the socket cannot be examined: {error}"
     return ""
+
+
+def _mark(sock: socket.socket) -> int | None:
+    try:
+        return read_mark(sock)
+    except ValueError:
+        # uvloop's word for a socket that is closed.
+        return None
 
 
 def run_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
@@ -118,7 +126,7 @@ class Listener:
             return None, generation, doubt
         if not registration.reads_marks or (not generation and self._is_marked()):
             return None, generation, ""
-        mark = read_mark(sock)
+        mark = _mark(sock)
         if mark is None and generation:
             doubt = "the mark cannot be read"
         return mark, generation, doubt
@@ -153,11 +161,7 @@ class Listener:
 
     def _is_marked(self) -> bool:
         # A closed server accepts no more: what its sockets were at the end stands.
-        try:
-            return self._marked or any(read_mark(sock) != 0 for sock in self._sockets)
-        except ValueError:
-            # uvloop's word for a socket that is closed.
-            return True
+        return self._marked or any(_mark(sock) != 0 for sock in self._sockets)
 
     def _close_if_unused(self) -> None:
         if self._closed and not self._holds:

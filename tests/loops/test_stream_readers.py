@@ -22,6 +22,7 @@ from stream_tools import (
 
 import ipsec_aio
 from ipsec_aio import Assurance, ProtectionError, Require, current_ptoken
+from ipsec_aio.net.readers import _Upgrading
 
 
 async def test_streams_answer_for_the_token() -> None:
@@ -149,3 +150,9 @@ async def test_a_failed_upgrade_is_the_loops_own_error() -> None:
             await ipsec_aio.start_tls(
                 server_side.transport, server_side, server_tls(), server_side=True
             )
+
+
+async def test_a_writer_that_is_being_upgraded_still_has_its_loop() -> None:
+    loop = asyncio.get_running_loop()
+    assert _Upgrading(loop).is_closed() is False
+    assert _Upgrading(loop).start_tls is ipsec_aio.start_tls

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import socket
 from typing import Any
 
@@ -28,6 +29,7 @@ import ipsec_aio
 from ipsec_aio import Assurance, ProtectionError, Require
 from ipsec_aio.errors import BackendDenied, BackendUnavailable
 from ipsec_aio.net import listening
+from ipsec_aio.net.connection import Connection, Judge
 
 OTHER = "127.0.0.9"
 SO_MARK = 36
@@ -147,7 +149,7 @@ async def test_ports_are_registered_before_listen_and_given_back_after_the_last(
         assert not registration.closed.is_set()
         assert server_side.transport.get_extra_info("ptoken").assurance is Assurance.EXACT
     await server_side.log.until("lost")
-    del server_side, server
+    server_side.transport = None
     gc.collect()
     await asyncio.wait_for(registration.closed.wait(), 5)
 
@@ -230,8 +232,6 @@ async def test_a_marked_listener_is_in_doubt() -> None:
     sock = socket.socket()
     sock.bind((HOST, 0))
     server = await ipsec_aio.create_server(lambda: Tokened(log), sock=sock, backend=protecting())
-    listener = socket.socket(fileno=sock.fileno() if sock.fileno() >= 0 else None)
-    listener.detach()
     with socket.socket(fileno=_dup(server.sockets[0])) as same:
         same.setsockopt(socket.SOL_SOCKET, SO_MARK, 0x1001)
         async with connected(port_of(server)):
@@ -246,8 +246,6 @@ async def test_a_marked_listener_is_in_doubt() -> None:
 
 
 def _dup(sock: Any) -> int:
-    import os
-
     return os.dup(sock.fileno())
 
 
@@ -437,6 +435,17 @@ async def test_a_connection_that_began_in_clear_never_claims_a_later_policy() ->
         assert protocol.transport.get_extra_info("ptoken").assurance <= Assurance.NONE
 
 
+async def test_a_connection_made_during_a_resync_recovers() -> None:
+    backend = RecordingBackend()
+    backend.lose_stamp()
+    backend.lose_events()
+    async with one_connection(backend, OTHER) as (_, protocol):
+        assert protocol.transport.get_extra_info("ptoken").assurance is Assurance.UNKNOWN
+        backend.recover()
+        await epoch_seen()
+        assert protocol.transport.get_extra_info("ptoken").assurance is Assurance.NONE
+
+
 async def test_a_closed_backend_leaves_its_connections_unknown() -> None:
     backend = protecting()
     async with one_connection(backend) as (server, protocol):
@@ -459,3 +468,49 @@ async def test_a_subscription_ends_with_its_last_connection() -> None:
     gc.collect()
     await epoch_seen()
     assert not backend._subscribers
+
+
+# What sockets can do meanwhile
+
+
+async def test_a_socket_that_cannot_be_examined_is_in_doubt() -> None:
+    backend = protecting()
+    loop = asyncio.get_running_loop()
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        registration: Any = await backend.register(6, sock.getsockname()[1])
+        listener = listening.Listener(loop, backend, registration, [sock])
+        registration.marks = True
+        closed = socket.socket()
+        closed.close()
+        assert "cannot be examined" in listening.unfitness(closed, backend)
+        assert listener.read(sock) == (0, registration.generation, "")
+        assert listener.read(closed)[2] == "the mark cannot be read"
+        assert listener.read(_GoneOnUvloop())[2] == "the mark cannot be read"
+    assert listener.read(closed)[2] == "the listening socket has a mark of its own"
+
+
+class _GoneOnUvloop(socket.socket):
+    def getsockopt(self, *arguments: Any) -> Any:
+        self.close()
+        raise ValueError("negative file descriptor")
+
+
+async def test_a_closed_backend_makes_every_socket_unfit() -> None:
+    class Closed(RecordingBackend):
+        @property
+        def netns_cookie(self) -> int | None:
+            raise BackendUnavailable("closed")
+
+    with socket.socket() as sock:
+        assert listening.unfitness(sock, Closed()) == "the backend is closed"
+
+
+async def test_a_port_that_no_listener_has_is_in_doubt() -> None:
+    backend = protecting()
+    judge = Judge.of(asyncio.get_running_loop(), backend)
+    async with serving(Plain, backend) as server, connected(port_of(server)) as client:
+        stray = Connection(judge, {})
+        token = stray.made(client.transport)
+        assert token.assurance is Assurance.UNKNOWN
+        assert "no listener" in repr(token)
