@@ -74,9 +74,13 @@ prepare_python() {
     install_wanted
     "$python" -c 'import test.test_asyncio' 2>/dev/null && return 0
     has apt-get || { say "no apt here: CPython's own tests are not fetched and will be skipped"; return 0; }
-    suite=lib$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-testsuite
+    version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+    suite=lib$version-testsuite
     known "$suite" || update
     unpack "$suite"
+    # The package leaves out what the standard library has of them.
+    library=$("$python" -c 'import os; print(os.path.dirname(os.__file__))')
+    [ ! -d "$library/test" ] || cp -rsn "$library/test/." "$lab/root/usr/lib/$version/test/"
 }
 
 prepare_kernel() {
