@@ -15,9 +15,7 @@ WHOLE, MODULE = 98.0, 95.0
 def main(report: str) -> int:
     measured = json.loads(Path(report).read_text())
     whole = measured["totals"]["percent_covered"]
-    modules = {
-        name: file["summary"]["percent_covered"] for name, file in measured["files"].items()
-    }
+    modules = {name: file["summary"]["percent_covered"] for name, file in measured["files"].items()}
     low = {name: percent for name, percent in sorted(modules.items()) if percent < MODULE}
     for name, percent in low.items():
         print(f"{name}: {percent:.1f} % is covered; {MODULE:.0f} % is asked of each module")
