@@ -62,18 +62,21 @@ fetch() { (cd "$lab/deb" && rm -f "$1"_*.deb && apt-get -qq -o APT::Sandbox::Use
 
 # missing PACKAGE …: those that this machine lacks, with what they depend on
 missing() {
-    apt-get install -s --no-install-recommends "$@" 2>/dev/null |
-        sed -n 's/^Inst \([^ ]*\) (.*/\1/p' | grep -v -E '^(udev|tpm-udev|adduser)$' || true
+    plan="apt-get install -s --no-install-recommends"
+    $plan "$@" >"$lab/plan" 2>"$lab/apt.log" || { update; $plan "$@" >"$lab/plan" 2>"$lab/apt.log"; } ||
+        { cat "$lab/apt.log" >&2; die "apt cannot tell what these depend on: $*"; }
+    sed -n 's/^Inst \([^ ]*\) (.*/\1/p' "$lab/plan" | grep -v -E '^(udev|tpm-udev|adduser)$' || true
 }
 
 prepare_python() {
-    # shellcheck disable=SC2016
+    has "$python" || wanted=" python3 python3-venv"
+    install_wanted
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        die "Python 3.11 or newer is needed: on Debian 12 'apt-get install python3', or set PYTHON=…"
+        die "Python 3.11 or newer is needed, and $python is not: make … PYTHON=/path/to/python3.11"
     "$python" -c 'import ensurepip, venv' 2>/dev/null || wanted="$wanted python3-venv"
     install_wanted
     "$python" -c 'import test.test_asyncio' 2>/dev/null && return 0
-    has apt-get || { say "no apt here: CPython's own tests are not fetched and will be skipped"; return 0; }
+    has apt-get || { say "no apt here: CPython's own tests are not fetched"; return 0; }
     version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
     suite=lib$version-testsuite
     known "$suite" || update
@@ -114,8 +117,10 @@ prepare_lab() {
         libstrongswan-standard-plugins nftables"
     [ ! -e "$lab/have/tools" ] || return 0
     known strongswan-charon || update
-    # shellcheck disable=SC2046,SC2086
-    unpack $(missing $tools)
+    # shellcheck disable=SC2086
+    packages=$(missing $tools)
+    # shellcheck disable=SC2086
+    unpack $packages
     touch "$lab/have/tools"
 }
 
