@@ -41,6 +41,7 @@ from .errors import (
     StaleTokenError,
     TokenError,
 )
+from .identity import AuthenticationMethod, IdentityKind, IToken
 from .net.context import current_ptoken
 from .net.endpoints import create_datagram_endpoint
 from .net.protocols import BufferedProtocol, DatagramProtocol, Protocol
@@ -52,6 +53,7 @@ from .tokens import PToken
 
 __all__ = [
     "Assurance",
+    "AuthenticationMethod",
     "BackendDenied",
     "BackendError",
     "BackendOverrun",
@@ -60,6 +62,8 @@ __all__ = [
     "CodecError",
     "DatagramProtocol",
     "IPsecError",
+    "IToken",
+    "IdentityKind",
     "MemoryBackend",
     "PToken",
     "ProtectionError",

@@ -260,9 +260,8 @@ class Mirror:
                 self._remove([key], now)
             case SAExpired(sa, True):
                 self._remove([sa.key], now)
-            case SAExpired(sa):
-                if self.get(sa.key) is not None:
-                    self._add(sa, now)
+            case SAExpired():
+                pass  # soft: it still works, and the kernel's notice leaves its algorithms out
             case SAsFlushed(proto):
                 keys = [sa.key for sa in self.sas() if _flushes(proto, sa.proto)]
                 self._remove(keys, now)

@@ -30,6 +30,7 @@ from .truth import MISSING, TruthTable
 
 if TYPE_CHECKING:
     from .evidence import Evidence
+    from .identity import IToken
     from .mirror import Mirror
     from .sa import SA
 
@@ -179,13 +180,13 @@ class PToken:
         return self._now().protection.policy
 
     @property
-    def local(self) -> object | None:
+    def local(self) -> IToken | None:
         """The identity of this end; None: not known."""
         self._now()
         return None
 
     @property
-    def peer(self) -> object | None:
+    def peer(self) -> IToken | None:
         """The identity of the peer; None: not known."""
         self._now()
         return None

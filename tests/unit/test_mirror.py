@@ -83,8 +83,8 @@ def test_a_rekey_leaves_both_alive_and_keeps_the_epoch(mirror):
 
 def test_soft_expiry_is_a_note_and_hard_expiry_the_end(mirror):
     mirror.apply(SAAdded(esp(1)), 1)
-    assert not bumps(mirror, SAExpired(esp(1, usage=Usage(5, 5)), False))
-    assert mirror.get(esp(1).key).usage.bytes == 5
+    assert not bumps(mirror, SAExpired(esp(1, aead=None, usage=Usage(5, 5)), False))
+    assert mirror.get(esp(1).key) == esp(1)
     assert not bumps(mirror, SAExpired(esp(9), False))
     assert mirror.get(esp(9).key) is None
     assert bumps(mirror, SAExpired(esp(1), True))
