@@ -64,7 +64,9 @@ class Backend(ABC):
     @property
     @abstractmethod
     def epoch(self) -> int:
-        """Changes whenever an earlier answer of :meth:`resolve` may no longer hold."""
+        """Changes whenever an earlier answer of :meth:`resolve` may no longer hold: also at
+        :meth:`aclose`, so that endpoints which outlive the backend ask again and fail closed.
+        """
 
     @property
     @abstractmethod

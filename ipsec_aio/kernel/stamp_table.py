@@ -370,7 +370,8 @@ def _explain(
         return BackendDenied(
             errno.EPERM,
             f"cannot {what}: table inet {TABLE} is owned by another process "
-            f"(netlink port id {owner}) and goes when that ends",
+            f"(netlink port id {owner}) and goes when that ends; where several programs "
+            "serve, install it by `ipsec-aio stamp install` and open with stamp='use'",
         )
     if request is None:
         return nft.failure(error.errno, what)

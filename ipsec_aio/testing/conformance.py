@@ -331,8 +331,10 @@ class BackendConformance:
         token = await self._arrive(bench, 0x1001)
         registration = await bench.backend.register(IPPROTO_UDP, PORT)
         evidence = bench.stamped(0x1001, bench.peer, registration)
+        epoch = bench.backend.epoch
         await bench.backend.aclose()
         await bench.backend.aclose()
+        assert bench.backend.epoch != epoch
         registration.close()
         assert token.protected
         assert not token.alive
