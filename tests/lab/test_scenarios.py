@@ -1,0 +1,336 @@
+"""What a program sees through the public surface, on real IPsec: each protected peer beside one
+in clear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+
+import pytest
+from hosts import AH, CBC, GCM, NULL, PATIENCE, Host, Pair, Suite, eventually, protect
+from packets import udp
+
+import ipsec_aio
+from ipsec_aio import Assurance, PToken, Require
+
+PORT = 5000
+
+SCENARIOS = [
+    ("transport", 4, "0.0.0.0", GCM),
+    ("tunnel", 6, "::", GCM),
+    ("transport", 6, "::", CBC),
+    ("tunnel", 4, "::", CBC),
+    ("transport", 4, "::", NULL),
+    ("tunnel", 4, "0.0.0.0", NULL),
+    ("transport", 6, "::", AH),
+    ("tunnel", 4, "0.0.0.0", AH),
+]
+"""Mode, family on the wire, what the server binds (IPv4 at "::" is v4-mapped), suite."""
+
+scenarios = pytest.mark.parametrize(
+    ("mode", "family", "bound", "suite"),
+    SCENARIOS,
+    ids=[f"{m}-{'mapped' if (f, b) == (4, '::') else f'v{f}'}-{s}" for m, f, b, s in SCENARIOS],
+)
+
+Arrival = tuple[bytes, str, PToken]
+
+
+class Datagrams(ipsec_aio.DatagramProtocol):
+    def __init__(self) -> None:
+        self.arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+        self.refused: list[tuple[str, ipsec_aio.ProtectionError]] = []
+
+    def datagram_received(self, data, addr, ptoken):
+        self.arrivals.put_nowait((data, addr[0].removeprefix("::ffff:"), ptoken))
+
+    def datagram_refused(self, addr, error):
+        self.refused.append((addr[0], error))
+
+    async def next(self) -> Arrival:
+        async with asyncio.timeout(PATIENCE):
+            return await self.arrivals.get()
+
+
+class Accepted(ipsec_aio.Protocol):
+    def __init__(self, made: asyncio.Queue[tuple[str, PToken]]) -> None:
+        self.made = made
+
+    def connection_made(self, transport, ptoken):
+        self.transport = transport
+        peer = transport.get_extra_info("peername")[0].removeprefix("::ffff:")
+        self.made.put_nowait((peer, ptoken))
+
+    def data_received(self, data):
+        self.transport.write(data)
+
+
+@asynccontextmanager
+async def receiving(
+    bound: str = "0.0.0.0", *, stamp: str = "install", trust: bool = False, **options
+) -> AsyncIterator[tuple[asyncio.DatagramTransport, Datagrams]]:
+    async with ipsec_aio.open_backend("xfrm", stamp=stamp, trust_policy=trust) as backend:
+        transport, protocol = await ipsec_aio.create_datagram_endpoint(
+            Datagrams, local_addr=(bound, PORT), backend=backend, **options
+        )
+        with closing(transport):
+            yield transport, protocol
+
+
+def dual() -> socket.socket:
+    """A TCP socket for both families; asyncio makes none."""
+    sock = socket.socket(socket.AF_INET6)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("::", PORT))
+    return sock
+
+
+def lenient(
+    alice: Host,
+    bob: Host,
+    suite: Suite = GCM,
+    mode: str = "transport",
+    family: int = 4,
+    extra: str = "",
+) -> Pair:
+    """Alice sends protected; bob demands nothing, so what is in clear gets through to him."""
+    pair = protect(
+        alice, bob, suite, mode=mode, family=family, policies=False, reqid=7, extra=extra
+    )
+    pair.demand(alice)
+    bob.ip(pair.policies("add", bob, level="use")[0], pair.policies("add", bob)[1])
+    return pair
+
+
+def assert_exact(token: PToken, pair: Pair, bob: Host) -> None:
+    """Compare a token with what ``ip xfrm state`` says of the SA that came in."""
+    text = bob.sa(
+        pair.one.address(pair.family), bob.address(pair.family), pair.suite.proto, pair.spi(bob)
+    )
+    head = re.search(r"proto (\w+) spi (0x\w+)\S* reqid (\d+)\S* mode (\w+)", text)
+    assert head, text
+    found = re.findall(
+        r"^\s+(aead|auth-trunc|enc) (\S+)(?: 0x\w+ \((\d+) bits\) ?(\d*))?", text, re.MULTILINE
+    )
+    told = {kind: (name, int(bits or 0), int(icv or 0)) for kind, name, bits, icv in found}
+    sa = token.sa
+    assert sa is not None
+    assert (sa.spi, sa.reqid) == (int(head[2], 16), int(head[3]))
+    assert {50: "esp", 51: "ah"}[sa.proto] == head[1]
+    assert sa.mode.name.lower() == head[4] == pair.mode
+    ours = {"aead": sa.aead, "auth-trunc": sa.authentication, "enc": sa.encryption}
+    assert {k: (a.name, a.key_bits, a.icv_bits) for k, a in ours.items() if a} == told
+    assert told
+    null = "cipher_null" in told.get("enc", ("cipher_null",))[0]
+    assert token.assurance is Assurance.EXACT
+    assert token.protected
+    assert token.privacy_protected is ("aead" in told or not null) is pair.suite.private
+    assert token.integrity_protected is ("aead" in told or "auth-trunc" in told) is True
+    assert token.tunnel_mode is (head[4] == "tunnel")
+    assert token.ipoptions_protected is (head[1] == "ah" or head[4] == "tunnel")
+    assert token.alive
+
+
+def assert_clear(token: PToken) -> None:
+    assert token.assurance is Assurance.NONE
+    assert not token.protected
+    assert token.privacy_protected is token.integrity_protected is token.tunnel_mode is False
+    assert token.sa is None
+
+
+@scenarios
+async def test_datagrams(
+    bob: Host, alice: Host, mallory: Host, mode: str, family: int, bound: str, suite: Suite
+):
+    pair = lenient(alice, bob, suite, mode, family)
+    inner = mode == "tunnel"
+    to = pair.address(bob)
+    forged = udp(pair.address(alice), to, (4000, PORT), b"forged")
+    async with receiving(bound) as (_, server):
+        with (
+            alice.udp(4000, family, inner=inner) as client,
+            mallory.udp(0, family, inner=inner) as clear,
+        ):
+            client.sendto(b"sealed", (to, PORT))
+            data, source, token = await server.next()
+            assert (data, source) == (b"sealed", pair.address(alice))
+            assert_exact(token, pair, bob)
+            mallory.inject(forged, bob)
+            data, source, other = await server.next()
+            assert (data, source) == (b"forged", pair.address(alice))
+            assert_clear(other)
+            clear.sendto(b"clear", (to, PORT))
+            data, source, other = await server.next()
+            assert (data, source) == (b"clear", mallory.address(family, inner=inner))
+            assert_clear(other)
+            client.sendto(b"again", (to, PORT))
+            assert (await server.next())[2] is token
+    assert pair.packets(bob) == 2
+
+
+@scenarios
+async def test_accepted_connections(
+    bob: Host, alice: Host, mallory: Host, mode: str, family: int, bound: str, suite: Suite
+):
+    pair = lenient(alice, bob, suite, mode, family)
+    inner = mode == "tunnel"
+    to = (pair.address(bob), PORT)
+    made: asyncio.Queue[tuple[str, PToken]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(PATIENCE), ipsec_aio.open_backend("xfrm", stamp="install") as b:
+        bind = {"host": bound, "port": PORT} if (family, bound) != (4, "::") else {"sock": dual()}
+        server = await ipsec_aio.create_server(lambda: Accepted(made), backend=b, **bind)
+        with (
+            alice.tcp(0, family, inner=inner) as client,
+            mallory.tcp(0, family, inner=inner) as clear,
+        ):
+            await loop.sock_connect(client, to)
+            peer, token = await made.get()
+            assert peer == pair.address(alice)
+            assert_exact(token, pair, bob)
+            await loop.sock_connect(clear, to)
+            peer, other = await made.get()
+            assert peer == mallory.address(family, inner=inner)
+            assert_clear(other)
+            for each in (client, clear):
+                await loop.sock_sendall(each, b"hello")
+                assert await loop.sock_recv(each, 100) == b"hello"
+            assert (server.ipsec_stats.received, server.ipsec_stats.protected) == (2, 1)
+        server.close()
+        await server.wait_closed()
+    assert pair.packets(bob) >= 3
+
+
+async def test_connected_datagrams(bob: Host, alice: Host, mallory: Host):
+    pair = lenient(alice, bob)
+    forged = udp(alice.v4, bob.v4, (4000, PORT), b"forged")
+    with alice.udp(4000) as client:
+        async with receiving(bob.v4, remote_addr=(alice.v4, 4000)) as (_, server):
+            client.sendto(b"sealed", (bob.v4, PORT))
+            data, _, token = await server.next()
+            assert data == b"sealed"
+            assert_exact(token, pair, bob)
+            mallory.inject(forged, bob)
+            data, _, other = await server.next()
+            assert data == b"forged"
+            assert_clear(other)
+
+
+async def test_a_token_outlives_an_equivalent_rekey(bob: Host, alice: Host, mallory: Host):
+    pair = lenient(alice, bob)
+    async with receiving() as (_, server):
+        with alice.udp() as client, mallory.udp() as clear:
+
+            async def arrive() -> PToken:
+                clear.sendto(b"clear", (bob.v4, PORT))
+                assert_clear((await server.next())[2])
+                client.sendto(b"sealed", (bob.v4, PORT))
+                return (await server.next())[2]
+
+            token = await arrive()
+            pair.rekey()
+            assert await arrive() is token
+            assert pair.packets(bob) == 1
+            assert [sa.spi for sa in token.sas] == [spi for spi, _ in pair.spis]
+            assert_exact(token, pair, bob)
+            pair.retire()
+            assert await arrive() is token
+            assert len(token.sas) == 1
+            pair.rekey(suite=NULL)
+            weaker = await arrive()
+            assert weaker is not token
+            assert_exact(weaker, pair, bob)
+            assert token.privacy_protected is True
+
+
+@pytest.mark.parametrize("end", ["deleted", "flushed", "expired"])
+async def test_the_end_of_an_sa(bob: Host, alice: Host, mallory: Host, end: str):
+    pair = lenient(alice, bob, extra="limit packet-hard 2" if end == "expired" else "")
+    forged = udp(alice.v4, bob.v4, (4000, PORT), b"forged")
+    async with receiving() as (_, server):
+        with alice.udp(4000) as client:
+            client.sendto(b"one", (bob.v4, PORT))
+            token = (await server.next())[2]
+            assert_exact(token, pair, bob)
+            client.sendto(b"two", (bob.v4, PORT))
+            while pair.packets(bob) < 2:
+                pass
+            # The second waits in the socket while its SA goes.
+            if end == "deleted":
+                bob.ip(*pair.states("delete"))
+            elif end == "flushed":
+                bob.flush_sas()
+            else:
+                alice.ip(*pair.states("delete"))
+                pair.extra = ""
+                alice.ip(*pair.states("add"))
+                client.sendto(b"three", (bob.v4, PORT))
+            data, _, queued = await server.next()
+            assert data == b"two"
+            assert queued.assurance is Assurance.EXACT
+            assert queued.protected
+            await eventually(lambda: not token.alive)
+            for _ in range(3):
+                mallory.inject(forged, bob)
+                data, _, other = await server.next()
+                assert data == b"forged"
+                assert_clear(other)
+            assert token.assurance is Assurance.EXACT
+            assert token.protected
+            assert token.sa is None
+
+
+@pytest.mark.parametrize("trust", [False, True])
+async def test_policies_without_a_stamp(bob: Host, alice: Host, mallory: Host, trust: bool):
+    pair = protect(alice, bob)
+    async with receiving(stamp="off", trust=trust) as (_, server):
+        with alice.udp() as client, mallory.udp() as clear:
+
+            async def arrive(sender: socket.socket) -> PToken:
+                sender.sendto(b"hello", (bob.v4, PORT))
+                return (await server.next())[2]
+
+            def assert_policy(token: PToken) -> None:
+                assert token.assurance is Assurance.POLICY
+                assert token.protected is trust
+                assert token.privacy_protected is True
+                assert token.policy_name
+
+            async def come_back() -> PToken:
+                while (token := await arrive(client)).assurance is Assurance.UNKNOWN:
+                    assert not token.protected
+                    await asyncio.sleep(0.1)
+                return token
+
+            assert_policy(await come_back())
+            assert_clear(await arrive(clear))
+            pair.release()
+            other = await arrive(client)
+            assert other.assurance is Assurance.UNKNOWN
+            assert not other.protected
+            pair.demand()
+            assert_policy(await come_back())
+            assert_clear(await arrive(clear))
+
+
+async def test_clear_datagrams_are_refused(bob: Host, alice: Host, mallory: Host):
+    pair = lenient(alice, bob)
+    require = Require(encrypted=True)
+    async with receiving(require=require) as (transport, server):
+        with alice.udp() as client, mallory.udp() as clear:
+            clear.sendto(b"clear", (bob.v4, PORT))
+            await eventually(lambda: bool(server.refused))
+            client.sendto(b"sealed", (bob.v4, PORT))
+            data, _, token = await server.next()
+            assert data == b"sealed"
+            assert_exact(token, pair, bob)
+        ((source, error),) = server.refused
+        assert (source, error.clause) == (mallory.v4, "encrypted")
+        stats = transport.ipsec_stats
+        assert (stats.received, stats.refused, dict(stats.refused_by)) == (2, 1, {"encrypted": 1})
+        assert server.arrivals.empty()
