@@ -10,13 +10,17 @@ import asyncio
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 
+import pytest
 from hosts import GCM, NULL, PATIENCE, Host, Pair, protect
+from packets import udp
 
 import ipsec_aio
-from ipsec_aio import Assurance, PToken
+from ipsec_aio import Assurance, BackendError, PToken
+from ipsec_aio.kernel import stamp_table
+from ipsec_aio.kernel.nfnetlink import NftSocket
 
 PORT = 5000
 BURST = 64
@@ -34,6 +38,7 @@ Answer = tuple[Assurance, bool, bool | None, bool | None]
 PRIVATE: Answer = (Assurance.EXACT, True, True, True)
 INTACT: Answer = (Assurance.EXACT, True, False, True)
 CLEAR: Answer = (Assurance.NONE, False, False, False)
+IN_DOUBT: Answer = (Assurance.UNKNOWN, False, None, None)
 
 
 def answer(ptoken: PToken) -> Answer:
@@ -180,3 +185,195 @@ async def test_many_from_protected_and_clear_peers_while_rekeying(
     assert protocol.said == {(tag, right[tag]): sent // 3 for tag in hosts}
     assert connections == {(tag, right[tag]): CONNECTIONS // 3 * 2 for tag in hosts}
     assert len(rekeys) > 5
+
+
+async def test_a_thousand_peers_of_each_kind(bob: Host, alice: Host, mallory: Host) -> None:
+    safe = [f"10.10.{n >> 8}.{n & 255}" for n in range(1000)]
+    clear = [f"10.11.{n >> 8}.{n & 255}" for n in range(1000)]
+    sas = [
+        f"xfrm state add src {peer} dst {bob.v4} proto esp spi {0x20000 + n:#x} mode transport "
+        f"reqid 9 {GCM.words}"
+        for n, peer in enumerate(safe)
+    ]
+    for host, peers in ((alice, safe), (mallory, clear)):
+        host.ip(*(f"addr add {peer}/32 dev lo" for peer in peers))
+        host.after(lambda h=host, p=peers: h.ip(*(f"addr del {a}/32 dev lo" for a in p)))
+    routes = f"10.10.0.0/16 via {alice.v4}", f"10.11.0.0/16 via {mallory.v4}"
+    bob.ip(*(f"route add {route}" for route in routes))
+    bob.after(lambda: bob.ip(*(f"route del {route}" for route in routes)))
+    alice.ip(
+        *sas,
+        f"xfrm policy add src 10.10.0.0/16 dst {bob.v4} dir out "
+        "tmpl proto esp reqid 9 mode transport",
+    )
+    bob.ip(*sas)
+    tokens: dict[str, set[PToken]] = {}
+    forged: list[PToken] = []
+
+    class Peers(Datagrams):
+        def datagram_received(self, data: bytes, addr: tuple[str, int], ptoken: PToken) -> None:
+            super().datagram_received(data, addr, ptoken)
+            if data == b"forged":
+                forged.append(ptoken)
+            else:
+                tokens.setdefault(addr[0], set()).add(ptoken)
+
+    async with (
+        ipsec_aio.open_backend("xfrm", stamp="install") as backend,
+        datagrams(bob, backend, Peers) as protocol,
+    ):
+        sent = 0
+        for _ in range(2):
+            for start in range(0, 1000, 50):
+                for host, tag, peers in ((alice, b"safe", safe), (mallory, b"clear", clear)):
+                    with host:
+                        for peer in peers[start : start + 50]:
+                            send_from(peer, tag, bob)
+                mallory.inject(udp(safe[start], bob.v4, (4000, PORT), b"forged"), bob)
+                sent += 101
+                await protocol.until(sent)
+    assert protocol.said == {
+        (b"safe", PRIVATE): 2000,
+        (b"clear", CLEAR): 2000,
+        (b"forged", CLEAR): 40,
+    }
+    assert tokens.keys() == {*safe, *clear}
+    assert all(len(several) == 1 for several in tokens.values())
+    assert len({id(token) for several in tokens.values() for token in several}) == 2000
+    assert not {*forged} & {token for peer in safe for token in tokens[peer]}
+
+
+def send_from(source: str, data: bytes, to: Host) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.bind((source, 0))
+        client.sendto(data, (to.v4, PORT))
+
+
+@pytest.fixture
+def lasting_stamp(bob: Host) -> Iterator[None]:
+    """The stamp as an operator installs it: everybody may delete it."""
+    with closing(NftSocket()) as netlink:
+        stamp_table.install(netlink, owned=False)
+        yield
+        with suppress(BackendError):
+            stamp_table.remove(netlink)
+
+
+@pytest.mark.parametrize("mode", ["use", "install"])
+@pytest.mark.parametrize("words", ["delete table inet ipsec_aio", "flush ruleset"])
+async def test_the_stamp_is_lost_under_load(
+    lasting_stamp: None, bob: Host, alice: Host, mallory: Host, mode: str, words: str
+) -> None:
+    pair = protect(alice, bob, policies=False)
+    pair.demand(alice)
+    async with (
+        ipsec_aio.open_backend("xfrm", stamp=mode) as backend,
+        datagrams(bob, backend) as protocol,
+    ):
+        with sender(alice, bob) as safe, sender(mallory, bob) as clear:
+            sent = 0
+
+            def send(phase: bytes) -> None:
+                nonlocal sent
+                for _ in range(BURST):
+                    safe.send(phase + b" safe")
+                    clear.send(phase + b" clear")
+                    mallory.inject(udp(alice.v4, bob.v4, (4000, PORT), phase + b" forged"), bob)
+                sent += 3 * BURST
+
+            send(b"stamped")
+            await protocol.until(sent)
+            send(b"queued")
+            bob.show("nft", *words.split())
+            send(b"late")
+            await protocol.until(sent)
+            clear.send(b"probe")  # with it the queue is seen empty
+            sent += 1
+            await protocol.until(sent)
+            send(b"after")
+            await protocol.until(sent)
+    said = protocol.said
+    assert {key for key in said if key[0].startswith(b"stamped")} == {
+        (b"stamped safe", PRIVATE),
+        (b"stamped clear", CLEAR),
+        (b"stamped forged", CLEAR),
+    }
+    for phase in (b"queued", b"late"):
+        for kind in (b" safe", b" forged"):
+            assert said[phase + kind, IN_DOUBT] == BURST
+        assert sum(said[phase + b" clear", each] for each in (IN_DOUBT, CLEAR)) == BURST
+    if mode == "install":
+        assert said[b"after safe", PRIVATE] == BURST
+        assert said[b"after clear", CLEAR] == said[b"after forged", CLEAR] == BURST
+    else:
+        assert said[b"after safe", IN_DOUBT] == said[b"after forged", IN_DOUBT] == BURST
+        assert said[b"after clear", CLEAR] == BURST
+
+
+@pytest.mark.parametrize("words", ["delete table inet ipsec_aio", "flush ruleset"])
+async def test_nobody_takes_away_a_stamp_that_we_own(
+    bob: Host, alice: Host, mallory: Host, words: str
+) -> None:
+    protect(alice, bob)
+    async with (
+        ipsec_aio.open_backend("xfrm", stamp="install") as backend,
+        datagrams(bob, backend) as protocol,
+    ):
+        with suppress(RuntimeError):  # EPERM; a flush leaves out what is owned
+            bob.show("nft", *words.split())
+        with sender(alice, bob) as safe, sender(mallory, bob) as clear:
+            for _ in range(BURST):
+                safe.send(b"safe")
+                clear.send(b"clear")
+            await protocol.until(2 * BURST)
+    assert protocol.said == {(b"safe", PRIVATE): BURST, (b"clear", CLEAR): BURST}
+
+
+async def test_packets_that_come_while_their_sa_is_added(
+    bob: Host, alice: Host, mallory: Host
+) -> None:
+    rounds = 60
+    pair = protect(alice, bob, policies=False)
+    pair.demand(alice)
+    tokens: list[tuple[bytes, Assurance, PToken]] = []
+    last = asyncio.Event()
+
+    class Racing(Datagrams):
+        def datagram_received(self, data: bytes, addr: tuple[str, int], ptoken: PToken) -> None:
+            super().datagram_received(data, addr, ptoken)
+            tokens.append((data, ptoken.assurance, ptoken))
+            if data == b"safe, last":
+                last.set()
+
+    async with (
+        ipsec_aio.open_backend("xfrm", stamp="install") as backend,
+        datagrams(bob, backend, Racing) as protocol,
+    ):
+        with sender(alice, bob) as safe, sender(mallory, bob) as clear:
+            for number in range(rounds):
+                last.clear()
+                pair.spis.append((0x40000 + number, 0x50000 + number))
+                into_bob = pair.states("add")[0]
+                alice.ip(into_bob)
+                adding = asyncio.create_task(asyncio.to_thread(bob.ip, into_bob))
+                while not adding.done():
+                    safe.send(b"safe")  # dropped until bob has the SA
+                    clear.send(b"clear")
+                    await asyncio.sleep(0)
+                await adding
+                safe.send(b"safe, last")
+                await asyncio.wait_for(last.wait(), PATIENCE)
+            for data, _, token in tokens:
+                if data != b"clear":
+                    assert answer(await token.resolved(timeout=PATIENCE)) == PRIVATE
+    said = Counter((data, assurance) for data, assurance, _ in tokens)
+    print(f"\nrace: {rounds} SAs, {dict(said)}")
+    assert said[b"safe, last", Assurance.EXACT] + said[b"safe, last", Assurance.UNKNOWN] == rounds
+    assert said.keys() <= {
+        (b"safe", Assurance.EXACT),
+        (b"safe", Assurance.UNKNOWN),
+        (b"safe, last", Assurance.EXACT),
+        (b"safe, last", Assurance.UNKNOWN),
+        (b"clear", Assurance.NONE),
+    }
+    assert said[b"clear", Assurance.NONE] == protocol.said[b"clear", CLEAR] > 0
