@@ -124,6 +124,36 @@ async def test_a_socket_of_another_namespace(
 
 
 @GUARDED
+async def test_a_later_rule_that_rewrites_marks(bob: Host, alice: Host, monkeypatch, guarded):
+    pair = protect(alice, bob, policies=False)
+    late = f"meta mark set {mark_of(pair.spi(bob)):#x}"
+    if not guarded:
+        monkeypatch.setattr(stamp_table, "writers", lambda *_: ())
+    async with serving((bob.v4, PORT)) as sink:
+        with alice.udp() as client:
+            client.sendto(b"before", (bob.v4, PORT))
+            assert (await sink.next(b"before", alice.v4)).assurance is Assurance.NONE
+            bob.nft(
+                "table inet late { chain late { type filter hook input priority 2000000000;"
+                f" udp dport {PORT} {late}\n}}\n}}\n"
+            )
+            client.sendto(b"clear", (bob.v4, PORT))
+            ptoken = await sink.next(b"clear", alice.v4)
+            if guarded:
+                assert ptoken.assurance is Assurance.UNKNOWN
+                assert not ptoken.protected
+            else:
+                client.sendto(b"later", (bob.v4, PORT))
+                assert believed(await sink.next(b"later", alice.v4))
+    if guarded:
+        with pytest.raises(
+            BackendError, match="a later rule could write the mark: table inet late"
+        ):
+            async with ipsec_aio.open_backend("xfrm", stamp="install"):
+                pass
+
+
+@GUARDED
 async def test_ipcomp_under_a_colliding_number(
     bob: Host, alice: Host, mallory: Host, monkeypatch, guarded
 ):
