@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 
@@ -258,8 +259,10 @@ async def test_the_end_of_an_sa(bob: Host, alice: Host, mallory: Host, end: str)
             token = (await server.next())[2]
             assert_exact(token, pair, bob)
             client.sendto(b"two", (bob.v4, PORT))
+            # Not awaited: the loop must not read it yet.
+            patience = time.monotonic() + PATIENCE
             while pair.packets(bob) < 2:
-                pass
+                assert time.monotonic() < patience, "the second datagram never came"
             # The second waits in the socket while its SA goes.
             if end == "deleted":
                 bob.ip(*pair.states("delete"))
@@ -334,3 +337,28 @@ async def test_clear_datagrams_are_refused(bob: Host, alice: Host, mallory: Host
         stats = transport.ipsec_stats
         assert (stats.received, stats.refused, dict(stats.refused_by)) == (2, 1, {"encrypted": 1})
         assert server.arrivals.empty()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+async def test_outgoing_connections(bob: Host, alice: Host, mallory: Host, trust: bool):
+    protect(alice, bob)
+    made: asyncio.Queue[tuple[str, PToken]] = asyncio.Queue()
+    opened = ipsec_aio.open_backend("xfrm", stamp="install", trust_policy=trust)
+    with alice.listener(PORT), mallory.listener(PORT):
+        async with asyncio.timeout(PATIENCE), opened as backend:
+
+            async def connect(host: Host) -> PToken:
+                transport, _ = await ipsec_aio.create_connection(
+                    lambda: Accepted(made), host.v4, PORT, backend=backend
+                )
+                transport.abort()
+                return made.get_nowait()[1]
+
+            # Policies that the backend has only just seen vouch for nothing yet.
+            while (token := await connect(alice)).assurance is Assurance.UNKNOWN:
+                assert not token.protected
+                await asyncio.sleep(0.1)
+            assert token.assurance is Assurance.POLICY
+            assert token.protected is trust
+            assert token.privacy_protected is True
+            assert_clear(await connect(mallory))
