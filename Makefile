@@ -3,12 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LAB := $(PYTHON) tests/lab/run.py
+# These pass in a machine of their own and have failed after others, for a reason not yet found.
+APART := tests/lab/test_lies.py tests/lab/test_load.py
 
 help:
 	@echo 'make demo      see it: real IPsec between two hosts, in a virtual machine'
 	@echo 'make test      everything: lint, types, tests with their coverage, and the lab'
 	@echo 'make unit      the tests that need no kernel of their own; K=expression selects'
 	@echo 'make lab       the tests on real IPsec, in a virtual machine; K=expression selects'
+	@echo 'make lab-apart the load and the lies, which want a virtual machine of their own'
 	@echo 'make lint      ruff: style and format'
 	@echo 'make types     mypy and pyright, both strict'
 	@echo 'make clean     remove what was made; make distclean removes downloads, too'
@@ -46,7 +49,10 @@ else
 endif
 
 lab: .venv/ready .lab/ready
-	$(LAB) --limit 3600 -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
+	$(LAB) --limit 1800 -- .venv/bin/pytest -p no:cacheprovider $(APART:%=--ignore=%) tests/lab $(if $(K),-k '$(K)')
+
+lab-apart: .venv/ready .lab/ready
+	$(LAB) --limit 1800 -- .venv/bin/pytest -p no:cacheprovider $(APART) $(if $(K),-k '$(K)')
 
 clean:
 	rm -rf build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .lab/run-*
@@ -55,4 +61,4 @@ clean:
 distclean: clean
 	rm -rf .venv .lab
 
-.PHONY: help demo test lint types unit lab clean distclean
+.PHONY: help demo test lint types unit lab lab-apart clean distclean
