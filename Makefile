@@ -3,15 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LAB := $(PYTHON) tests/lab/run.py
-# These pass in a machine of their own and have failed after others, for a reason not yet found.
-APART := tests/lab/test_lies.py tests/lab/test_load.py
+# Minutes of load; in a machine of its own, by itself.
+APART := tests/lab/test_load.py
 
 help:
 	@echo 'make demo      see it: real IPsec between two hosts, in a virtual machine'
 	@echo 'make test      everything: lint, types, tests with their coverage, and the lab'
 	@echo 'make unit      the tests that need no kernel of their own; K=expression selects'
 	@echo 'make lab       the tests on real IPsec, in a virtual machine; K=expression selects'
-	@echo 'make lab-apart the load and the lies, which want a virtual machine of their own'
+	@echo 'make lab-apart the minutes of load on real IPsec, by themselves'
 	@echo 'make lint      ruff: style and format'
 	@echo 'make types     mypy and pyright, both strict'
 	@echo 'make clean     remove what was made; make distclean removes downloads, too'

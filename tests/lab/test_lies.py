@@ -79,7 +79,7 @@ def forge(host, source, target, mark, data):
     """Send over loopback, as a local process with privilege can: any source, any mark."""
     with host, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as local:
         local.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-        local.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+        local.setsockopt(socket.SOL_SOCKET, SO_MARK, mark.to_bytes(4, sys.byteorder))
         local.bind((source, 4000))
         local.sendto(data, (target, PORT))
 
@@ -289,7 +289,9 @@ async def test_a_marked_listener(bob: Host, alice: Host, monkeypatch, guards):
         monkeypatch.setattr(listening.Listener, "_is_marked", lambda listener: False)
     loop = asyncio.get_running_loop()
     listener = bob.tcp(PORT)
-    listener.setsockopt(socket.SOL_SOCKET, SO_MARK, mark_of(pair.spi(bob)))
+    listener.setsockopt(
+        socket.SOL_SOCKET, SO_MARK, mark_of(pair.spi(bob)).to_bytes(4, sys.byteorder)
+    )
     peer = Peer()
     async with ipsec_aio.open_backend("xfrm", stamp="install") as backend:
         server = await ipsec_aio.create_server(lambda: peer, sock=listener, backend=backend)
