@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from notes import PATIENCE, Log
+
 import ipsec_aio
 from ipsec_aio.backends.contract import Registration
 from ipsec_aio.backends.tables import TableBackend
@@ -13,29 +15,6 @@ from ipsec_aio.evidence import Evidence
 from ipsec_aio.tokens import PToken
 
 HERE = ("127.0.0.1", 0)
-PATIENCE = 5.0
-
-
-class Log:
-    """What happened, in order, and a way to wait for it."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[Any, ...]] = []
-        self._grown = asyncio.Event()
-
-    def note(self, *event: Any) -> None:
-        self.events.append(event)
-        self._grown.set()
-
-    def of(self, kind: str) -> list[tuple[Any, ...]]:
-        return [event[1:] for event in self.events if event[0] == kind]
-
-    async def until(self, kind: str, count: int = 1) -> list[tuple[Any, ...]]:
-        async with asyncio.timeout(PATIENCE):
-            while len(self.of(kind)) < count:
-                self._grown.clear()
-                await self._grown.wait()
-        return self.of(kind)
 
 
 class Tokened(ipsec_aio.DatagramProtocol):
