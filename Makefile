@@ -14,6 +14,7 @@ help:
 	@echo 'make lab-apart the minutes of load on real IPsec, by themselves'
 	@echo 'make lint      ruff: style and format'
 	@echo 'make types     mypy and pyright, both strict'
+	@echo 'make docs      these pages and the API, as HTML in build/docs'
 	@echo 'make clean     remove what was made; make distclean removes downloads, too'
 
 test: lint types unit lab
@@ -54,6 +55,15 @@ lab: .venv/ready .lab/ready
 lab-apart: .venv/ready .lab/ready
 	$(LAB) --limit 1800 -- .venv/bin/pytest -p no:cacheprovider $(APART) $(if $(K),-k '$(K)')
 
+docs: .venv/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo 'docs: open build/docs/index.html'
+
+.venv/docs: .venv/ready
+	@echo 'prepare: what builds the pages goes into .venv'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
 clean:
 	rm -rf build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .lab/run-*
 	find ipsec_aio tests examples -name __pycache__ -prune -exec rm -rf {} +
@@ -61,4 +71,4 @@ clean:
 distclean: clean
 	rm -rf .venv .lab
 
-.PHONY: help demo test lint types unit lab lab-apart clean distclean
+.PHONY: help demo test lint types unit lab lab-apart docs clean distclean
