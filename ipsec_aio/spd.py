@@ -111,9 +111,13 @@ def _matches(policy: Policy, flow: Flow) -> bool:
 
 
 class SPD:
-    """Policies by key, by the kernel's index, and by flow."""
+    """Policies by key, by the kernel's index, and by flow.
+
+    ``changes`` counts what was added and removed.
+    """
 
     def __init__(self) -> None:
+        self.changes = 0
         self._entries: dict[PolicyKey, _Entry] = {}
         self._by_index: dict[int, PolicyKey] = {}
         self._tables: dict[tuple[Direction, int, int], _Table] = {}
@@ -178,6 +182,7 @@ class SPD:
         self._by_index[policy.index] = key
         self._count(policy, 1)
         self._table(policy).add(entry)
+        self.changes += 1
         return True
 
     def remove(self, key: PolicyKey) -> Policy | None:
@@ -186,6 +191,7 @@ class SPD:
         if entry is None:
             return None
         policy = entry.policy
+        self.changes += 1
         if self._by_index.get(policy.index) == key:
             del self._by_index[policy.index]
         self._count(policy, -1)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from ..enforcement import Bundle
+    from ..enums import Direction
     from ..evidence import Evidence
     from ..tokens import PToken
 
@@ -86,6 +88,32 @@ class Backend(ABC):
 
         What cannot be told yet is UNKNOWN until :meth:`PToken.resolved`.
         Raises BackendUnavailable when closed or called from another loop's thread.
+        """
+
+    @abstractmethod
+    def templates(
+        self,
+        protocol: int,
+        port: int,
+        direction: Direction,
+        *,
+        local: bytes = b"",
+        peer: bytes = b"",
+        peer_port: int = 0,
+    ) -> tuple[Bundle, ...]:
+        """Return the templates of the policies that protect and may govern a local port's traffic.
+
+        One tuple for each policy, in the kernel's order of applying them; equal ones come once.
+        Port 0 and the empty address stand for any. What is not sure (a resync) is what was known
+        last. Never raises.
+        """
+
+    @abstractmethod
+    def objection(self, evidence: Evidence, inbound: Bundle) -> str:
+        """Say why the policies would not have let in what a socket's own policy did.
+
+        Such a policy takes their place for its socket, so they are asked here: empty where they
+        agree, else the reason, which goes into the evidence's ``doubt``. Never raises.
         """
 
     @abstractmethod

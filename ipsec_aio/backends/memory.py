@@ -47,6 +47,7 @@ from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, Algorithm, S
 from ipsec_aio.truth import fits
 
 from . import declaration
+from ipsec_aio.protection import PROTECTING, TUNNELS
 from .contract import Registration
 from .tables import TableBackend
 
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryBackend", "selector"]
 
+    from ipsec_aio.enforcement import Bundle
 _PROTOS = {"esp": IPPROTO_ESP, "ah": IPPROTO_AH, "comp": IPPROTO_COMP}
 _LAYER4 = {"any": 0, "icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132}
 _MODES = {mode.name.lower(): mode for mode in Mode}
@@ -456,6 +458,25 @@ class MemoryBackend(TableBackend):
         with self._lock:
             # The newest stands at the end, where the stamp looks first.
             self._sas.pop(sa.key, None)
+    def templates(
+        self,
+        protocol: int,
+        port: int,
+        direction: Direction,
+        *,
+        local: bytes = b"",
+        peer: bytes = b"",
+        peer_port: int = 0,
+    ) -> tuple[Bundle, ...]:
+        """Return the policies' templates; a declared SA protects its ends without a policy."""
+        with self._lock:
+            found = super().templates(
+                protocol, port, direction, local=local, peer=peer, peer_port=peer_port
+            )
+            joining = (sa for sa in self._sas.values() if _joins(sa, local, peer))
+            applied = ((Template(proto=sa.proto, mode=sa.mode, reqid=sa.reqid),) for sa in joining)
+            return tuple(dict.fromkeys((*found, *applied)))
+
             self._sas[sa.key] = sa
             self._tell(SAAdded(sa))
         return sa
@@ -524,3 +545,10 @@ def _network(text: str) -> tuple[bytes, int]:
     packed = network.network_address.packed
     address = unmap(packed)
     return address, network.prefixlen - 8 * (len(packed) - len(address))
+def _joins(sa: SA, local: bytes, peer: bytes) -> bool:
+    """Whether an SA may protect traffic between two hosts, either way."""
+    if sa.proto not in PROTECTING:
+        return False
+    return sa.mode in TUNNELS or {local, peer} <= {sa.source, sa.destination, b""}
+
+

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from ipsec_aio import enforcement
 from ipsec_aio.errors import BackendUnavailable
 from ipsec_aio.mirror import Mirror
 from ipsec_aio.tokens import PToken, Resolver
@@ -18,6 +19,8 @@ from .contract import Backend
 
 if TYPE_CHECKING:
     from ipsec_aio.events import Event
+    from ipsec_aio.enforcement import Bundle
+    from ipsec_aio.enums import Direction
     from ipsec_aio.evidence import Evidence
     from ipsec_aio.sa import SAKey
 
@@ -26,6 +29,8 @@ __all__ = ["TableBackend"]
 
 class _Subscriber:
     """A callback, the loop on which it is called, and whether that is about to happen."""
+_TEMPLATES_KEPT = 1024
+
 
     __slots__ = ("callback", "due", "loop")
 
@@ -71,6 +76,8 @@ class TableBackend(Backend):
     # For subclasses
 
     def bind_loop(self) -> None:
+        self._templates: dict[object, tuple[Bundle, ...]] = {}
+        self._templates_of: object = None
         """Belong to the running loop from now on."""
         self.loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -167,6 +174,36 @@ class TableBackend(Backend):
         if self.closed:
             return
         self.closed = True
+    def templates(
+        self,
+        protocol: int,
+        port: int,
+        direction: Direction,
+        *,
+        local: bytes = b"",
+        peer: bytes = b"",
+        peer_port: int = 0,
+    ) -> tuple[Bundle, ...]:
+        """Return the templates of the policies that protect and may govern this traffic."""
+        spd = self.mirror.spd
+        with self.resolver.lock:
+            state = (spd, spd.changes)
+            if state != self._templates_of or len(self._templates) >= _TEMPLATES_KEPT:
+                self._templates_of = state
+                self._templates.clear()
+            key = (protocol, port, direction, local, peer, peer_port)
+            found = self._templates.get(key)
+            if found is None:
+                found = self._templates[key] = enforcement.governing(
+                    spd, protocol, port, direction, local=local, peer=peer, peer_port=peer_port
+                )
+            return found
+
+    def objection(self, evidence: Evidence, inbound: Bundle) -> str:
+        """Say why the policies would not have let in what a socket's own policy did."""
+        with self.resolver.lock:
+            return enforcement.objection(self.mirror, evidence, inbound)
+
         if self._timer is not None:
             self._timer[2].cancel()
             self._timer = None

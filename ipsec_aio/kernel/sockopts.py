@@ -12,8 +12,10 @@ __all__ = [
     "IPPROTO_MPTCP",
     "IPV6_RECVFRAGSIZE",
     "IPV6_RECVPKTINFO",
+    "IPV6_XFRM_POLICY",
     "IP_PKTINFO",
     "IP_RECVFRAGSIZE",
+    "IP_XFRM_POLICY",
     "SO_ACCEPTCONN",
     "SO_COOKIE",
     "SO_MARK",
@@ -21,13 +23,16 @@ __all__ = [
     "SO_PROTOCOL",
     "SO_RCVBUFFORCE",
     "SO_RCVMARK",
+    "clear_policies",
     "is_listening",
+    "is_v6only",
     "netns_cookie",
     "protocol_of",
     "read_mark",
     "receive_fragment_sizes",
     "receive_marks",
     "receive_packet_info",
+    "set_policy",
     "socket_cookie",
 ]
 
@@ -39,7 +44,9 @@ SO_COOKIE = 57
 SO_NETNS_COOKIE = 71
 SO_RCVMARK = 75
 IP_PKTINFO = 8
+IP_XFRM_POLICY = 17
 IP_RECVFRAGSIZE = 25
+IPV6_XFRM_POLICY = 35
 IPV6_RECVPKTINFO = 49
 IPV6_RECVFRAGSIZE = 77
 IPPROTO_MPTCP = 262
@@ -76,6 +83,32 @@ def protocol_of(sock: socket.socket) -> int:
 def is_listening(sock: socket.socket) -> bool:
     """Say whether listen() was called on a socket. Raises OSError for a closed one."""
     return bool(sock.getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN))
+
+
+def is_v6only(sock: socket.socket) -> bool:
+    """Say whether an IPv6 socket keeps IPv4-mapped traffic out. Raises OSError for a closed one."""
+    return bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+
+
+def set_policy(sock: socket.socket, policy: bytes) -> None:
+    """Give a socket a policy of its own, in the place of the one for that direction, at once.
+
+    ``policy`` is what :func:`ipsec_aio.wire.sockpolicy.encode` builds, of the socket's family.
+    What was queued before stays unchecked; accepted connections inherit a listener's. Raises
+    PermissionError without CAP_NET_ADMIN, OSError (ENOPROTOOPT) on a kernel without XFRM.
+    """
+    sock.setsockopt(*_policy_option(sock), policy)
+
+
+def clear_policies(sock: socket.socket) -> None:
+    """Take a socket's own policies away, of both directions at once. Raises like set_policy()."""
+    sock.setsockopt(*_policy_option(sock), None, 0)
+
+
+def _policy_option(sock: socket.socket) -> tuple[int, int]:
+    if sock.family == socket.AF_INET6:
+        return socket.IPPROTO_IPV6, IPV6_XFRM_POLICY
+    return socket.IPPROTO_IP, IP_XFRM_POLICY
 
 
 def receive_marks(sock: socket.socket) -> bool:
