@@ -43,11 +43,11 @@ from ipsec_aio.events import (
 )
 from ipsec_aio.flow import Mark, Selector, pack_address, unmap
 from ipsec_aio.policy import Policy, PolicyKey, Template
+from ipsec_aio.protection import PROTECTING, TUNNELS
 from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, Algorithm, SAKey
 from ipsec_aio.truth import fits
 
 from . import declaration
-from ipsec_aio.protection import PROTECTING, TUNNELS
 from .contract import Registration
 from .tables import TableBackend
 
@@ -55,12 +55,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
+    from ipsec_aio.enforcement import Bundle
     from ipsec_aio.evidence import Evidence
     from ipsec_aio.tokens import PToken
 
 __all__ = ["MemoryBackend", "selector"]
 
-    from ipsec_aio.enforcement import Bundle
 _PROTOS = {"esp": IPPROTO_ESP, "ah": IPPROTO_AH, "comp": IPPROTO_COMP}
 _LAYER4 = {"any": 0, "icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132}
 _MODES = {mode.name.lower(): mode for mode in Mode}
@@ -417,6 +417,25 @@ class MemoryBackend(TableBackend):
         """None: these are no namespace's facts."""
         return None
 
+    def templates(
+        self,
+        protocol: int,
+        port: int,
+        direction: Direction,
+        *,
+        local: bytes = b"",
+        peer: bytes = b"",
+        peer_port: int = 0,
+    ) -> tuple[Bundle, ...]:
+        """Return the policies' templates; a declared SA protects its ends without a policy."""
+        with self._lock:
+            found = super().templates(
+                protocol, port, direction, local=local, peer=peer, peer_port=peer_port
+            )
+            joining = (sa for sa in self._sas.values() if _joins(sa, local, peer))
+            applied = ((Template(proto=sa.proto, mode=sa.mode, reqid=sa.reqid),) for sa in joining)
+            return tuple(dict.fromkeys((*found, *applied)))
+
     async def register(self, protocol: int, port: int) -> Registration:
         """Have the played stamp cover a local port; it covers every one."""
         del protocol, port
@@ -458,25 +477,6 @@ class MemoryBackend(TableBackend):
         with self._lock:
             # The newest stands at the end, where the stamp looks first.
             self._sas.pop(sa.key, None)
-    def templates(
-        self,
-        protocol: int,
-        port: int,
-        direction: Direction,
-        *,
-        local: bytes = b"",
-        peer: bytes = b"",
-        peer_port: int = 0,
-    ) -> tuple[Bundle, ...]:
-        """Return the policies' templates; a declared SA protects its ends without a policy."""
-        with self._lock:
-            found = super().templates(
-                protocol, port, direction, local=local, peer=peer, peer_port=peer_port
-            )
-            joining = (sa for sa in self._sas.values() if _joins(sa, local, peer))
-            applied = ((Template(proto=sa.proto, mode=sa.mode, reqid=sa.reqid),) for sa in joining)
-            return tuple(dict.fromkeys((*found, *applied)))
-
             self._sas[sa.key] = sa
             self._tell(SAAdded(sa))
         return sa
@@ -505,6 +505,13 @@ class MemoryBackend(TableBackend):
     def _free_spi(self) -> int:
         with self._lock:
             return next(spi for spi in self._spis if spi not in self._chosen)
+
+
+def _joins(sa: SA, local: bytes, peer: bytes) -> bool:
+    """Whether an SA may protect traffic between two hosts, either way."""
+    if sa.proto not in PROTECTING:
+        return False
+    return sa.mode in TUNNELS or {local, peer} <= {sa.source, sa.destination, b""}
 
 
 def _number(names: Mapping[str, int], value: str | int, what: str, limit: int) -> int:
@@ -545,10 +552,3 @@ def _network(text: str) -> tuple[bytes, int]:
     packed = network.network_address.packed
     address = unmap(packed)
     return address, network.prefixlen - 8 * (len(packed) - len(address))
-def _joins(sa: SA, local: bytes, peer: bytes) -> bool:
-    """Whether an SA may protect traffic between two hosts, either way."""
-    if sa.proto not in PROTECTING:
-        return False
-    return sa.mode in TUNNELS or {local, peer} <= {sa.source, sa.destination, b""}
-
-

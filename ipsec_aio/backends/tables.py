@@ -18,19 +18,19 @@ from ipsec_aio.tokens import PToken, Resolver
 from .contract import Backend
 
 if TYPE_CHECKING:
-    from ipsec_aio.events import Event
     from ipsec_aio.enforcement import Bundle
     from ipsec_aio.enums import Direction
+    from ipsec_aio.events import Event
     from ipsec_aio.evidence import Evidence
     from ipsec_aio.sa import SAKey
 
 __all__ = ["TableBackend"]
 
+_TEMPLATES_KEPT = 1024
+
 
 class _Subscriber:
     """A callback, the loop on which it is called, and whether that is about to happen."""
-_TEMPLATES_KEPT = 1024
-
 
     __slots__ = ("callback", "due", "loop")
 
@@ -72,12 +72,12 @@ class TableBackend(Backend):
         self._subscribers: dict[_Subscriber, None] = {}
         self._waiters: dict[PToken, list[asyncio.Future[None]]] = {}
         self._timer: tuple[asyncio.AbstractEventLoop, float, asyncio.TimerHandle] | None = None
+        self._templates: dict[object, tuple[Bundle, ...]] = {}
+        self._templates_of: object = None
 
     # For subclasses
 
     def bind_loop(self) -> None:
-        self._templates: dict[object, tuple[Bundle, ...]] = {}
-        self._templates_of: object = None
         """Belong to the running loop from now on."""
         self.loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -156,24 +156,6 @@ class TableBackend(Backend):
             self.changed()
         return token
 
-    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Have ``callback()`` called on the running loop soon after the epoch changed."""
-        self.check_loop()
-        subscriber = _Subscriber(callback, asyncio.get_running_loop())
-        self._subscribers[subscriber] = None
-        self._arm()
-
-        def unsubscribe() -> None:
-            subscriber.callback = None
-            self._discard(subscriber)
-
-        return unsubscribe
-
-    async def aclose(self) -> None:
-        """Stop; tokens stay readable. Idempotent."""
-        if self.closed:
-            return
-        self.closed = True
     def templates(
         self,
         protocol: int,
@@ -204,6 +186,24 @@ class TableBackend(Backend):
         with self.resolver.lock:
             return enforcement.objection(self.mirror, evidence, inbound)
 
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have ``callback()`` called on the running loop soon after the epoch changed."""
+        self.check_loop()
+        subscriber = _Subscriber(callback, asyncio.get_running_loop())
+        self._subscribers[subscriber] = None
+        self._arm()
+
+        def unsubscribe() -> None:
+            subscriber.callback = None
+            self._discard(subscriber)
+
+        return unsubscribe
+
+    async def aclose(self) -> None:
+        """Stop; tokens stay readable. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
         if self._timer is not None:
             self._timer[2].cancel()
             self._timer = None
