@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from .enums import Direction, Mode, PolicyAction
-from .flow import Flow
+from .flow import Flow, Selector
 from .policy import Policy, Template
 from .protection import PROTECTING, TUNNELS
 from .sa import IPPROTO_ESP, SA
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from .evidence import Evidence
     from .mirror import Mirror
 
-__all__ = ["Bundle", "Demanding", "Plan", "derive", "governing", "implies", "objection"]
+__all__ = ["Bundle", "Demanding", "Plan", "common", "derive", "governing", "implies", "objection"]
 
 Bundle: TypeAlias = tuple[Template, ...]
 """A policy's templates, in the kernel's order."""
 
 _NAMES = {50: "ESP", 51: "AH", 108: "IPComp"}
 _ALL = 0xFFFFFFFF
+_FAMILIES = {4: 2, 16: 10}
 
 
 class Demanding(Protocol):
@@ -113,21 +114,38 @@ def governing(
 ) -> tuple[Bundle, ...]:
     """Return the templates of the policies that protect and may govern a local port's traffic.
 
-    Port 0 and the empty address stand for any. Each list of templates comes once.
+    Port 0 and the empty address stand for any, the unspecified address for any of its family.
+    What comes after a policy that matches all of this traffic governs nothing. Each list of
+    templates comes once.
     """
-    found: dict[Bundle, None] = {}
+    ours, theirs = (local, port), (peer, peer_port)
+    ends = (theirs, ours) if direction is Direction.IN else (ours, theirs)
+    family = _FAMILIES.get(len(local) or len(peer), 0)
+    matching: list[tuple[Policy, bool]] = []
     for policy in policies:
-        if policy.direction is not direction or not policy.protects or policy.if_id:
-            continue
-        s = policy.selector
-        if s.proto not in (0, protocol):
-            continue
-        here = (s.destination, s.destination_prefix, s.destination_port, s.destination_port_mask)
-        there = (s.source, s.source_prefix, s.source_port, s.source_port_mask)
-        if direction is Direction.OUT:
-            here, there = there, here
-        if _may_match(*here, local, port) and _may_match(*there, peer, peer_port):
-            found[policy.templates] = None
+        selector = policy.selector
+        if (
+            policy.direction is direction
+            and not policy.if_id
+            and selector.proto in (0, protocol)
+            and (not family or selector.family in (0, family))
+        ):
+            certainty = _certainty(selector, *ends)
+            if certainty is not None:
+                certain = certainty and not (selector.ifindex or policy.mark.mask)
+                matching.append((policy, certain))
+    found: dict[Bundle, None] = {}
+    for kind in (1, 0):  # sub policies are asked first, and main ones besides
+        last: int | None = None
+        for policy, certain in sorted(matching, key=lambda pair: pair[0].priority):
+            if policy.kind != kind:
+                continue
+            if last is not None and policy.priority > last:
+                break
+            if policy.protects:
+                found[policy.templates] = None
+            if certain and last is None:
+                last = policy.priority
     return tuple(found)
 
 
@@ -164,6 +182,13 @@ def objection(mirror: Mirror, evidence: Evidence, inbound: Bundle) -> str:
     if named and all(_meets(sa, t) for sa in named for t in lacking):
         return ""
     return "the policy for these addresses demands another SA"
+
+
+def common(one: Template, other: Template) -> Template | None:
+    """Return the strictest template that admits what either does; None for different kinds."""
+    if (one.proto, one.mode) != (other.proto, other.mode):
+        return None
+    return _either(one, other)
 
 
 def implies(one: Template, other: Template) -> bool:
@@ -230,17 +255,33 @@ def _same(one: int, other: int) -> int:
     return one if one == other else _ALL
 
 
-def _may_match(
-    network: bytes, prefix: int, port: int, mask: int, address: bytes, wanted: int
-) -> bool:
-    if wanted and (port ^ wanted) & mask:
-        return False
-    if not address or not prefix:
-        return True
+def _certainty(
+    selector: Selector, source: tuple[bytes, int], destination: tuple[bytes, int]
+) -> bool | None:
+    """Whether a selector matches all of this traffic; None where it matches none of it."""
+    s = selector
+    answers = (
+        _port_certainty(s.source_port, s.source_port_mask, source[1]),
+        _port_certainty(s.destination_port, s.destination_port_mask, destination[1]),
+        _address_certainty(s.source, s.source_prefix, source[0]),
+        _address_certainty(s.destination, s.destination_prefix, destination[0]),
+    )
+    return None if None in answers else all(answers)
+
+
+def _port_certainty(port: int, mask: int, wanted: int) -> bool | None:
+    if not mask or not wanted:
+        return not mask
+    return None if (port ^ wanted) & mask else True
+
+
+def _address_certainty(network: bytes, prefix: int, address: bytes) -> bool | None:
+    if not prefix or not any(address):
+        return not prefix
     if len(address) != len(network):
-        return False
+        return None
     shift = len(network) * 8 - prefix
-    return int.from_bytes(address) >> shift == int.from_bytes(network) >> shift
+    return True if int.from_bytes(address) >> shift == int.from_bytes(network) >> shift else None
 
 
 def _stamped(mirror: Mirror, evidence: Evidence) -> list[SA]:

@@ -90,6 +90,13 @@ class Backend(ABC):
         Raises BackendUnavailable when closed or called from another loop's thread.
         """
 
+    @property
+    @abstractmethod
+    def policies(self) -> object:
+        """Equal to what it was as long as no policy changed, so that :meth:`templates` says the
+        same.
+        """
+
     @abstractmethod
     def templates(
         self,
@@ -104,8 +111,8 @@ class Backend(ABC):
         """Return the templates of the policies that protect and may govern a local port's traffic.
 
         One tuple for each policy, in the kernel's order of applying them; equal ones come once.
-        Port 0 and the empty address stand for any. What is not sure (a resync) is what was known
-        last. Never raises.
+        Port 0 and the empty address stand for any, the unspecified address for any of its
+        family. What is not sure (a resync) is what was known last. Never raises.
         """
 
     @abstractmethod

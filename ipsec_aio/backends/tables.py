@@ -156,6 +156,11 @@ class TableBackend(Backend):
             self.changed()
         return token
 
+    @property
+    def policies(self) -> object:
+        """Equal to what it was as long as no policy changed."""
+        return self.mirror.spd, self.mirror.spd.changes
+
     def templates(
         self,
         protocol: int,
@@ -169,7 +174,7 @@ class TableBackend(Backend):
         """Return the templates of the policies that protect and may govern this traffic."""
         spd = self.mirror.spd
         with self.resolver.lock:
-            state = (spd, spd.changes)
+            state = self.policies
             if state != self._templates_of or len(self._templates) >= _TEMPLATES_KEPT:
                 self._templates_of = state
                 self._templates.clear()

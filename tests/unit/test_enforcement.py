@@ -12,7 +12,7 @@ from sas import FAR, GATE, LOCAL, OTHER, PEER, ah, comp, esp, protect, seen, tun
 
 from ipsec_aio.backends.memory import MemoryBackend
 from ipsec_aio.backends.tables import TableBackend
-from ipsec_aio.enforcement import Plan, derive, governing, implies, objection
+from ipsec_aio.enforcement import Plan, common, derive, governing, implies, objection
 from ipsec_aio.enums import Direction, Mode, PolicyAction
 from ipsec_aio.events import DefaultActions, PolicyAdded, PolicyDeleted, SAAdded, SADeleted
 from ipsec_aio.flow import Mark, Selector
@@ -183,6 +183,41 @@ def test_policies_that_may_govern_a_port(direction: Direction) -> None:
     assert not found(of(direction, there=PEER), peer=OTHER)
     assert not found(of(direction, here=LOCAL), local=OTHER)
     assert not found(of(direction, there=PEER), peer=bytes(16))
+
+
+def test_what_comes_after_a_policy_for_all_of_it_governs_nothing() -> None:
+    every = protect(AH, priority=5, selector=Selector(family=2))
+    one = protect(ESP, priority=4, selector=from_peer(), index=16)
+    late = protect(TUNNEL, priority=6, selector=from_peer(OTHER), index=24)
+    known = [late, every, one]
+    assert governing(known, UDP, PORT, Direction.IN) == ((ESP,), (AH,))
+    assert governing(known, UDP, PORT, Direction.IN, local=LOCAL, peer=PEER) == ((ESP,),)
+    assert governing(known, UDP, PORT, Direction.IN, local=LOCAL, peer=OTHER) == ((AH,),)
+    tied = [protect(TUNNEL, priority=5, selector=from_peer(OTHER), index=24), every]
+    assert governing(tied, UDP, PORT, Direction.IN, local=LOCAL) == ((TUNNEL,), (AH,))
+    bypass = replace(every, templates=(), priority=3)
+    assert governing([*known, bypass], UDP, PORT, Direction.IN) == ()
+    for open_end in (replace(bypass, mark=Mark(1, 1)), replace(bypass, kind=1)):
+        assert governing([*known, open_end], UDP, PORT, Direction.IN) == ((ESP,), (AH,))
+    by_interface = replace(bypass, selector=Selector(family=2, ifindex=2))
+    assert governing([*known, by_interface], UDP, PORT, Direction.IN) == ((ESP,), (AH,))
+    by_port = replace(bypass, selector=Selector(source_port=1, source_port_mask=65535, family=2))
+    both = {"local": LOCAL, "peer": PEER}
+    assert governing([*known, by_port], UDP, PORT, Direction.IN, **both) == ((ESP,),)
+    assert governing([by_port, every], UDP, PORT, Direction.IN, **both) == ((AH,),)
+
+
+def test_the_unspecified_address_is_any_of_its_family() -> None:
+    one = protect(ESP, selector=from_peer())
+    six = protect(AH, selector=Selector(family=10), index=16)
+    assert governing([one, six], UDP, PORT, Direction.IN, local=bytes(4)) == ((ESP,),)
+    assert governing([one, six], UDP, PORT, Direction.IN, local=bytes(16)) == ((AH,),)
+    assert governing([one, six], UDP, PORT, Direction.IN) == ((ESP,), (AH,))
+
+
+def test_what_two_templates_have_in_common() -> None:
+    assert common(TUNNEL, replace(TUNNEL, source=PEER, reqid=4)) == replace(TUNNEL, source=b"")
+    assert common(ESP, AH) is common(ESP, TUNNEL) is None
 
 
 def test_the_peer_s_port_and_policies_that_govern_nothing() -> None:
