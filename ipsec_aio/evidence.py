@@ -7,14 +7,20 @@ Rules:
   doubt it is None and ``doubt`` says why: then the token is UNKNOWN.
 * ``generation`` is the stamp's at arrival. 0 means that no verified stamp covered the packet:
   then the mark proves nothing.
+* ``enforced`` is only what a socket policy of ours has demanded since before the socket was bound
+  or listened, so that nothing else can be in its queue.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .flow import Flow
+
+if TYPE_CHECKING:
+    from .policy import Template
 
 __all__ = ["IPPROTO_TCP", "IPPROTO_UDP", "Evidence"]
 
@@ -30,6 +36,7 @@ class Evidence:
     ``protocol`` is IPPROTO_UDP or IPPROTO_TCP; addresses are packed and unmapped. ``mark`` is the
     packet's mark as the host's number. ``ifindex`` is 0 where it was not asked for.
     ``doubt`` is empty, or the reason why nothing may be concluded from this evidence.
+    ``enforced`` is the template of the socket's own policy, None where it has none.
     """
 
     protocol: int
@@ -41,6 +48,7 @@ class Evidence:
     generation: int = 0
     ifindex: int = 0
     doubt: str = ""
+    enforced: Template | None = None
 
     @property
     def spi(self) -> int:

@@ -375,6 +375,17 @@ class IToken:
         )
 
     @classmethod
+    def named(cls, text: str) -> IToken:
+        """Return the identity that a person wrote, for configuration and tests.
+
+        ``text`` is written as a pattern without wildcards (:class:`IdentityPattern`), or is what
+        :meth:`export` returned. Raises ValueError where it is not the name of one identity.
+        """
+        if text.startswith(f"{_VERSION}:"):
+            return cls.parse(text)
+        return cls(*_pattern_kind(text))
+
+    @classmethod
     def parse(cls, text: str) -> IToken:
         """Return the token that :meth:`export` wrote. Raises CodecError."""
         if len(text) > _EXPORT_LIMIT:

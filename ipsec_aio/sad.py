@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from math import inf
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .enums import Direction, Mode
 from .flow import Mark
 from .sa import IPPROTO_COMP, SA, SAKey
 
+if TYPE_CHECKING:
+    from .identities import Identities
+
 __all__ = ["SAD", "Index", "Record"]
 
 _K = TypeVar("_K")
+_NONE: dict[int, Record] = {}
 _TUNNELS = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
 
 
@@ -21,26 +25,31 @@ class Record:
     """An SA in the mirror.
 
     ``added`` and ``buried`` are the times of its arrival and removal (infinity: it lives).
-    ``protection`` is room for what is derived from the SA.
+    ``protection`` is room for what is derived from the SA, ``identities`` for what was said of
+    its ends.
     """
 
-    __slots__ = ("added", "buried", "protection", "sa")
+    __slots__ = ("added", "buried", "identities", "protection", "sa")
 
     def __init__(self, sa: SA, added: float) -> None:
         self.sa = sa
         self.added = added
         self.buried = inf
         self.protection: object | None = None
+        self.identities: Identities | None = None
 
 
 class Index:
-    """Records by SPI, by outer addresses, and those of tunnels; in the order of their arrival."""
+    """Records by SPI, by outer addresses, by the source that their selectors admit, and those of
+    tunnels; in the order of their arrival.
+    """
 
-    __slots__ = ("_by_pair", "_by_spi", "_tunnels")
+    __slots__ = ("_by_pair", "_by_source", "_by_spi", "_tunnels")
 
     def __init__(self) -> None:
         self._by_spi: dict[int, dict[int, Record]] = {}
         self._by_pair: dict[tuple[bytes, bytes], dict[int, Record]] = {}
+        self._by_source: dict[bytes, dict[int, Record]] = {}
         self._tunnels: dict[bytes, dict[int, Record]] = {}
 
     def add(self, record: Record) -> None:
@@ -48,6 +57,7 @@ class Index:
         sa, number = record.sa, id(record)
         self._by_spi.setdefault(sa.spi, {})[number] = record
         self._by_pair.setdefault((sa.source, sa.destination), {})[number] = record
+        self._by_source.setdefault(_only_source(sa), {})[number] = record
         if sa.mode in _TUNNELS:
             self._tunnels.setdefault(sa.source, {})[number] = record
 
@@ -56,6 +66,7 @@ class Index:
         sa, number = record.sa, id(record)
         _discard(self._by_spi, sa.spi, number)
         _discard(self._by_pair, (sa.source, sa.destination), number)
+        _discard(self._by_source, _only_source(sa), number)
         if sa.mode in _TUNNELS:
             _discard(self._tunnels, sa.source, number)
 
@@ -77,12 +88,24 @@ class Index:
             self.between(bytes(len(peer)), local),
         )
 
+    def admitting(self, source: bytes) -> Iterable[Record]:
+        """Return the SAs whose selectors may admit traffic from this address, whoever sent it."""
+        return chain(
+            self._by_source.get(source, _NONE).values(), self._by_source.get(b"", _NONE).values()
+        )
+
     def tunnels(self, source: bytes | None = None) -> Iterable[Record]:
         """Return the SAs in a tunnel mode: all, or those with this outer source address."""
         if source is None:
             return chain.from_iterable(group.values() for group in self._tunnels.values())
         group = self._tunnels.get(source)
         return () if group is None else group.values()
+
+
+def _only_source(sa: SA) -> bytes:
+    """Return the one source address that an SA's selector admits, nothing where there are more."""
+    selector = sa.selector
+    return selector.source if selector.source_prefix == 8 * len(selector.source) else b""
 
 
 def _discard(index: dict[_K, dict[int, Record]], at: _K, number: int) -> None:

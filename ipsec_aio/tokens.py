@@ -6,8 +6,13 @@ Rules:
   The exception is a pending one: it waits a moment for an SA that the mirror has not seen yet,
   says UNKNOWN meanwhile, and is fixed by what comes, or as UNKNOWN by its deadline, by a resync,
   or by the end of the backend.
-* A token is a channel: local and peer address, what protects them, and how sure that is. Tokens
-  are interned weakly: one object for a channel as long as somebody holds it.
+* Identities come later than their SA. A token that waits for them says all the rest, and nothing
+  of its ends; it is told them at most once, and goes without them from the deadline, a resync, or
+  the end of the backend on.
+* A token is a channel: local and peer address, what protects them, how sure that is, and who is at
+  its ends. Tokens are interned weakly: one object for a channel as long as somebody holds it.
+  Those that wait for identities are told apart by their SAs, since those of two peers may look
+  alike.
 * A token holds no key, no socket, and nothing that must be closed.
 """
 
@@ -25,19 +30,23 @@ from weakref import WeakSet, WeakValueDictionary
 from .enums import Assurance
 from .errors import StaleTokenError, TokenError
 from .flow import format_address
+from .identities import UNIDENTIFIED, Answer, Awaited, Identities, agreed
 from .protection import Group, Verdict, group_of, unknown
-from .truth import MISSING, TruthTable
+from .truth import MISSING, Finding, TruthTable
 
 if TYPE_CHECKING:
     from .evidence import Evidence
     from .identity import IToken
     from .mirror import Mirror
     from .sa import SA
+    from .sad import Record
 
 __all__ = ["PENDING_LIMIT", "PENDING_SECONDS", "PToken", "Resolver"]
 
 PENDING_SECONDS = 2.0
-"""How long a token waits for the SA that its packet was stamped with."""
+"""How long a token waits for the SA that its packet was stamped with, and an SA's identities
+after the SA came.
+"""
 PENDING_LIMIT = 4096
 """How many tokens wait at once; further ones are UNKNOWN for good."""
 
@@ -56,14 +65,21 @@ _put = object.__setattr__
 
 
 class _Pending:
-    """What a token waits for."""
+    """What a token waits for: the SA of its evidence, or identities of the SAs in ``records``."""
 
-    __slots__ = ("deadline", "evidence", "resyncs")
+    __slots__ = ("deadline", "evidence", "records", "resyncs")
 
-    def __init__(self, evidence: Evidence, deadline: float, resyncs: int) -> None:
+    def __init__(
+        self,
+        evidence: Evidence,
+        deadline: float,
+        resyncs: int,
+        records: tuple[Record, ...] = (),
+    ) -> None:
         self.evidence = evidence
         self.deadline = deadline
         self.resyncs = resyncs
+        self.records = records
 
 
 @final
@@ -81,6 +97,7 @@ class PToken:
     __slots__ = (
         "__weakref__",
         "_channel",
+        "_identities",
         "_local",
         "_peer",
         "_pending",
@@ -89,6 +106,7 @@ class PToken:
     )
 
     _channel: PToken | None
+    _identities: Identities
     _local: bytes
     _peer: bytes
     _pending: _Pending | None
@@ -181,21 +199,31 @@ class PToken:
 
     @property
     def local(self) -> IToken | None:
-        """The identity of this end; None: not known."""
+        """The identity of this end; None: not known, or not yet."""
         self._now()
-        return None
+        return self._identities.local
 
     @property
     def peer(self) -> IToken | None:
-        """The identity of the peer; None: not known."""
+        """The identity of the peer; None: not known, or not yet.
+
+        It is that of whoever negotiated the SAs, if it is the same for all under which the packet
+        may have come.
+        """
         self._now()
-        return None
+        return self._identities.peer
+
+    @property
+    def pending(self) -> bool:
+        """Whether its SA, or an identity, is still awaited: :meth:`resolved` waits for it."""
+        self._now()
+        return self._pending is not None
 
     @property
     def sas(self) -> tuple[SA, ...]:
         """The channel's living inbound SAs, oldest first. For diagnostics only."""
         verdict = self._now()
-        return self._resolver.living(verdict.protection.groups)
+        return self._resolver.living(verdict.protection.groups, self._identities)
 
     @property
     def sa(self) -> SA | None:
@@ -216,13 +244,20 @@ class PToken:
 
     @property
     def audit_string(self) -> str:
-        """One line for a log: addresses, assurance, protection, the newest SA or the reason."""
+        """One line for a log: addresses, assurance, identities, protection, the newest SA or the
+        reason.
+        """
         assurance, protection, reason, ports = self._now()
         local, peer = format_address(self._local), format_address(self._peer)
         if ports is not None:
             proto, local_port, peer_port = ports
             local, peer = f"{_end(local, local_port)}", f"{_end(peer, peer_port)} proto={proto}"
         parts = [f"local={local} peer={peer} assurance={assurance.name}"]
+        for end, who in zip(("local", "peer"), self._identities, strict=True):
+            if who is not None:
+                parts.append(f"{end}_id={who.kind.name}:{str(who)!r}")
+        if self._pending is not None:
+            parts.append("pending")
         for name, value in (
             ("privacy", protection.privacy),
             ("integrity", protection.integrity),
@@ -261,7 +296,8 @@ class PToken:
     def equivalent(self, other: PToken) -> bool:
         """Whether both are protected alike between the same addresses and identities.
 
-        Ports and the kind of evidence may differ. What is unknown is like nothing but itself.
+        Ports and the kind of evidence may differ. What is unknown is like nothing but itself; an
+        identity that is not known is only like another that is not.
         """
         mine, theirs = self._now(), other._now()
         if self is other:
@@ -270,6 +306,7 @@ class PToken:
             return False
         return (
             (self._local, self._peer) == (other._local, other._peer)
+            and self._identities == other._identities
             and self.protected == other.protected
             and mine.protection[:5] == theirs.protection[:5]
             and {g.strength for g in mine.protection.groups}
@@ -281,7 +318,8 @@ class PToken:
 
         That is the token itself unless it was pending and the channel turned out to be known.
         ``timeout`` is in seconds; raises TimeoutError when it has passed. Without one it takes
-        two seconds at most: then the token is UNKNOWN for good.
+        two seconds at most for its SA, which is UNKNOWN then for good, and as long after the SA
+        came for identities.
         """
         self._now()
         if self._pending is not None:
@@ -318,7 +356,9 @@ class Resolver(TruthTable):
 
     ``clock`` gives monotonic seconds, the mirror's time. Beside the truth table's own attributes,
     its owner sets ``settled``, which is told each token that is pending no longer, ``wait``, which
-    waits for that (see :meth:`PToken.resolved`), and ``lock`` where several threads read tokens.
+    waits for that (see :meth:`PToken.resolved`), ``lock`` where several threads read tokens, and
+    ``identify``, which tells the ends of one SA at a time, with ``identified``. When an answer of
+    it may have changed, the owner changes the mirror's epoch and calls :meth:`settle_all`.
     """
 
     def __init__(
@@ -330,6 +370,7 @@ class Resolver(TruthTable):
         self.closed = False
         self.wait: Callable[[PToken, float | None], Awaitable[None]] = _no_wait
         self.settled: Callable[[PToken], None] = _ignore
+        self.identify: Callable[[Record, float], Answer] = _nobody
         self.lock: AbstractContextManager[object] = nullcontext()
         self._forks = _forks
         self._interned: WeakValueDictionary[tuple[object, ...], PToken] = WeakValueDictionary()
@@ -343,26 +384,32 @@ class Resolver(TruthTable):
     def resolve(self, evidence: Evidence) -> PToken:
         """Return the token for this evidence."""
         now = self.clock()
-        verdict = self.judge(evidence, now)
-        if verdict is MISSING:
+        finding = self.judge(evidence, now)
+        if finding is MISSING:
             return self._pend(evidence, now)
-        return self._intern(evidence.local, evidence.peer, verdict)
+        identities = self._identities(finding.records, now)
+        if isinstance(identities, Awaited):
+            return self._pend_identity(evidence, finding, identities.until)
+        return self._intern(evidence, finding.verdict, identities)
 
-    def living(self, groups: Iterable[Group]) -> tuple[SA, ...]:
-        """Return the living SAs of some groups, oldest first."""
+    def living(
+        self, groups: Iterable[Group], identities: Identities = UNIDENTIFIED
+    ) -> tuple[SA, ...]:
+        """Return the living SAs of some groups, oldest first: of known ends, theirs alone."""
         with self.lock:
+            now = self.clock()
             found = [
                 record
                 for group in groups
                 for record in self.mirror.sad.between(group.source, group.destination)
-                if group_of(record.sa) == group
+                if group_of(record.sa) == group and self._is_of(record, identities, now)
             ]
         # A dump tells all at once, and newest first.
         found.sort(key=lambda record: (record.added, record.sa.usage.add_time))
         return tuple(record.sa for record in found)
 
     def close(self) -> None:
-        """Fix every pending token as UNKNOWN. All tokens stay readable."""
+        """Fix every pending token as it is. All tokens stay readable."""
         self.closed = True
         self.settle_all()
 
@@ -379,7 +426,7 @@ class Resolver(TruthTable):
             self.settle(token)
 
     def is_pending(self, token: PToken) -> bool:
-        """Whether a token still waits for its SA."""
+        """Whether a token still waits, for its SA or for an identity."""
         return token._pending is not None
 
     def settle(self, token: PToken) -> None:
@@ -388,57 +435,132 @@ class Resolver(TruthTable):
             pending = token._pending
             if pending is None:
                 return
-            verdict = self._settlement(pending)
-            if verdict is MISSING:
-                # Other changes of the epoch must not make this one go unseen.
-                self.mirror.await_spi(pending.evidence.spi)
+            if pending.records:
+                identities = self._named(pending)
+            else:
+                finding = self._settlement(pending)
+                if finding is MISSING:
+                    # Other changes of the epoch must not make this one go unseen.
+                    self.mirror.await_spi(pending.evidence.spi)
+                    return
+                _put(token, "_verdict", finding.verdict)
+                identities = self._identities(finding.records, self.clock())
+                if isinstance(identities, Awaited):
+                    until = identities.until
+                    pending = self._waits_for(pending.evidence, until, finding.records)
+                    _put(token, "_pending", pending)
+            if isinstance(identities, Awaited):
                 return
             self._waiting.discard(token)
-            _put(token, "_verdict", verdict)
+            _put(token, "_identities", identities)
             _put(token, "_pending", None)
-            channel = self._interned.setdefault((token._local, token._peer, verdict), token)
+            key = _channel(pending.evidence, token._verdict, identities)
+            channel = self._interned.setdefault(key, token)
             if channel is not token:
                 _put(token, "_channel", channel)
         self.settled(token)
 
-    def _settlement(self, pending: _Pending) -> Verdict:
+    def _settlement(self, pending: _Pending) -> Finding:
         if self.closed:
-            return unknown("the backend was closed")
+            return Finding(unknown("the backend was closed"))
         if pending.resyncs != self.mirror.resyncs:
-            return unknown("events were lost meanwhile")
+            return Finding(unknown("events were lost meanwhile"))
         return self.judge_again(pending.evidence, pending.deadline, self.clock())
 
     def _pend(self, evidence: Evidence, now: float) -> PToken:
         self.mirror.await_spi(evidence.spi)
         key = (evidence, self.mirror.resyncs)
-        token = self._interned.get(key)
-        if token is not None and token._pending is not None and now <= token._pending.deadline:
+        token = self._waiting_as(key)
+        if token is not None:
             return token
         if len(self._waiting) >= PENDING_LIMIT:
             verdict = unknown("too many tokens wait for their SA")
-            return self._intern(evidence.local, evidence.peer, verdict)
-        pending = _Pending(evidence, now + PENDING_SECONDS, self.mirror.resyncs)
-        token = _make(self, evidence.local, evidence.peer, MISSING, pending)
-        self._interned[key] = token
+            return self._intern(evidence, verdict, UNIDENTIFIED)
+        deadline = now + PENDING_SECONDS
+        return self._start(key, MISSING.verdict, self._waits_for(evidence, deadline))
+
+    # Identities
+
+    def _identities(self, records: tuple[Record, ...], now: float) -> Answer:
+        return agreed(self.identify(record, now) for record in records)
+
+    def _is_of(self, record: Record, identities: Identities, now: float) -> bool:
+        """Whether nothing is known of an SA's ends that contradicts these, or all that they say."""
+        if identities == UNIDENTIFIED:
+            return True
+        answer = self.identify(record, now)
+        return isinstance(answer, Identities) and all(
+            wanted in (None, known) for wanted, known in zip(identities, answer, strict=True)
+        )
+
+    def _named(self, pending: _Pending) -> Answer:
+        """Return what a token that waits for identities is told by now."""
+        now = self.clock()
+        if self.closed or pending.resyncs != self.mirror.resyncs or now > pending.deadline:
+            return UNIDENTIFIED
+        return self._identities(pending.records, now)
+
+    def _pend_identity(self, evidence: Evidence, finding: Finding, until: float) -> PToken:
+        # The records themselves: an id() of theirs might be another's one day.
+        key = (*_channel(evidence, finding.verdict), frozenset(finding.records))
+        token = self._waiting_as(key)
+        if token is not None:
+            return token
+        if len(self._waiting) >= PENDING_LIMIT:
+            return self._intern(evidence, finding.verdict, UNIDENTIFIED)
+        pending = self._waits_for(evidence, until, finding.records)
+        return self._start(key, finding.verdict, pending)
+
+    # Making and finding tokens
+
+    def _waits_for(
+        self, evidence: Evidence, deadline: float, records: tuple[Record, ...] = ()
+    ) -> _Pending:
+        return _Pending(evidence, deadline, self.mirror.resyncs, records)
+
+    def _waiting_as(self, key: tuple[object, ...]) -> PToken | None:
+        token = self._interned.get(key)
+        if token is None or token._pending is None or self.clock() > token._pending.deadline:
+            return None
+        return token
+
+    def _start(self, key: tuple[object, ...], verdict: Verdict, pending: _Pending) -> PToken:
+        token = self._interned[key] = _make(self, pending.evidence, verdict, pending)
         self._waiting.add(token)
         return token
 
-    def _intern(self, local: bytes, peer: bytes, verdict: Verdict) -> PToken:
-        key = (local, peer, verdict)
+    def _intern(self, evidence: Evidence, verdict: Verdict, identities: Identities) -> PToken:
+        key = _channel(evidence, verdict, identities)
         token = self._interned.get(key)
         if token is None:
-            token = self._interned[key] = _make(self, local, peer, verdict, None)
+            token = self._interned[key] = _make(self, evidence, verdict, None, identities)
         return token
 
 
+def _channel(
+    evidence: Evidence, verdict: Verdict, identities: Identities = UNIDENTIFIED
+) -> tuple[object, ...]:
+    return evidence.local, evidence.peer, verdict, identities
+
+
+def _nobody(record: Record, now: float) -> Answer:
+    del record, now
+    return UNIDENTIFIED
+
+
 def _make(
-    resolver: Resolver, local: bytes, peer: bytes, verdict: Verdict, pending: _Pending | None
+    resolver: Resolver,
+    evidence: Evidence,
+    verdict: Verdict,
+    pending: _Pending | None,
+    identities: Identities = UNIDENTIFIED,
 ) -> PToken:
     token = object.__new__(PToken)
     _put(token, "_resolver", resolver)
-    _put(token, "_local", local)
-    _put(token, "_peer", peer)
+    _put(token, "_local", evidence.local)
+    _put(token, "_peer", evidence.peer)
     _put(token, "_verdict", verdict)
     _put(token, "_pending", pending)
+    _put(token, "_identities", identities)
     _put(token, "_channel", None)
     return token

@@ -10,13 +10,18 @@ Rules:
 * Without a stamp the SPD is asked, and that is inference. It says nothing of what this host sends
   to itself, nor where interfaces, marks or NAT may have led the packet past it.
 * "No SA" is no proof of clear traffic where one may have carried it.
+* What a policy of the SPD or of the socket lets in may have come under any SA that it is content
+  with, from whatever address: ESP in transport mode does not vouch for the source, only an SA's
+  selector does. So all of those have a say in who the peer is, and all of their properties count
+  where a socket's policy is taken for proof.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import reduce
-from typing import TYPE_CHECKING, Final
+from itertools import chain
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .enums import Assurance, Direction, PolicyAction
 from .evidence import IPPROTO_UDP
@@ -34,17 +39,28 @@ from .protection import (
     unknown,
     weakest,
 )
-from .sa import IPPROTO_AH, IPPROTO_ESP, SA, SAKey
+from .sa import SA, SAKey
 from .sad import Index, Record
 
 if TYPE_CHECKING:
     from .evidence import Evidence
     from .mirror import Mirror
 
-__all__ = ["MISSING", "TruthTable", "fits"]
+__all__ = ["MISSING", "Finding", "TruthTable", "fits"]
 
-MISSING: Final = unknown("no SA with this SPI is known yet")
-"""The verdict on a stamp whose SA may yet come to be known."""
+
+class Finding(NamedTuple):
+    """A verdict, and the SAs that it rests on: the packet came under one of them.
+
+    No SAs: there was none, or it is not known which.
+    """
+
+    verdict: Verdict
+    records: tuple[Record, ...] = ()
+
+
+MISSING: Final = Finding(unknown("no SA with this SPI is known yet"))
+"""What is found for a stamp whose SA may yet come to be known."""
 
 
 class TruthTable:
@@ -56,6 +72,8 @@ class TruthTable:
     * ``opaque_interfaces``: whether the namespace has interfaces (xfrm, vti) that may have
       scrubbed a security path;
     * ``is_own``: whether an address is this host's;
+    * ``identified``: whether anybody may know who is at the ends of an SA; only then what an
+      inference rests on is worked out;
     * ``lookup_missing``: asks for one SA at once, and puts what is found into the mirror. True:
       the mirror now knows all about this key.
     """
@@ -64,30 +82,37 @@ class TruthTable:
         self.mirror = mirror
         self.generation = 0
         self.opaque_interfaces = False
+        self.identified = False
         self.is_own: Callable[[bytes], bool] = _nobody
         self.lookup_missing: Callable[[SAKey], bool] = _no_answer
 
-    def judge(self, evidence: Evidence, now: float) -> Verdict:
-        """Return the verdict; :data:`MISSING` where an SA may yet come to be known."""
-        return self._doubts(evidence) or (
-            self._stamped(evidence) if evidence.generation else self._infer(evidence, now)
-        )
+    def judge(self, evidence: Evidence, now: float) -> Finding:
+        """Return what is found; :data:`MISSING` where an SA may yet come to be known."""
+        doubts = self._doubts(evidence)
+        if doubts is not None:
+            return Finding(doubts)
+        if evidence.generation:
+            return self._stamped(evidence)
+        enforced = evidence.enforced
+        if enforced is not None and _demands(enforced):
+            return self._enforced(enforced, evidence)
+        return self._infer(evidence, now)
 
-    def judge_again(self, evidence: Evidence, deadline: float, now: float) -> Verdict:
-        """Return the verdict on evidence that was MISSING, asking nobody.
+    def judge_again(self, evidence: Evidence, deadline: float, now: float) -> Finding:
+        """Return what is found for evidence that was MISSING, asking nobody.
 
         Past the deadline it is final, and what came to be known after it does not count.
         """
         doubts = self._doubts(evidence)
         if doubts is not None:
-            return doubts
+            return Finding(doubts)
         living = self._possible(self.mirror.sad, evidence)
         buried = self._possible(self.mirror.graveyard, evidence)
         if now > deadline:
             known = [r for r in (*living, *buried) if r.added <= deadline]
             if _any_fits(known, evidence):
                 return self._exact(known, evidence)
-            return unknown("its SA never came to be known")
+            return Finding(unknown("its SA never came to be known"))
         return self._exact([*living, *buried], evidence) if _any_fits(living, evidence) else MISSING
 
     def _doubts(self, evidence: Evidence) -> Verdict | None:
@@ -105,14 +130,14 @@ class TruthTable:
 
     # By the stamp
 
-    def _stamped(self, evidence: Evidence) -> Verdict:
+    def _stamped(self, evidence: Evidence) -> Finding:
         if evidence.mark:
             return self._by_spi(evidence)
         if self.opaque_interfaces:
-            return unknown("an xfrm interface may have hidden the security path")
-        return CLEAR
+            return Finding(unknown("an xfrm interface may have hidden the security path"))
+        return Finding(CLEAR)
 
-    def _by_spi(self, evidence: Evidence) -> Verdict:
+    def _by_spi(self, evidence: Evidence) -> Finding:
         sad, graveyard, spi = self.mirror.sad, self.mirror.graveyard, evidence.spi
         living = self._possible(sad, evidence)
         certain = True
@@ -127,7 +152,7 @@ class TruthTable:
         if _any_fits(living, evidence) or (certain and _any_fits(buried, evidence)):
             return self._exact([*living, *buried], evidence)
         if certain and any(not r.sa.larval for r in sad.numbered(spi)):
-            return unknown("the SA with this SPI is not for these addresses")
+            return Finding(unknown("the SA with this SPI is not for these addresses"))
         return MISSING
 
     def _possible(self, index: Index, evidence: Evidence) -> list[Record]:
@@ -153,21 +178,70 @@ class TruthTable:
         """Whether a tunnel leads away from here; kernels before 6.10 do not tell."""
         return sa.mode in TUNNELS and self.is_own(sa.source) and not self.is_own(sa.destination)
 
-    def _exact(self, records: list[Record], evidence: Evidence) -> Verdict:
+    def _exact(self, records: list[Record], evidence: Evidence) -> Finding:
         protection = weakest(_derived(record) for record in records)
         if not protection.compression and any(
             self.mirror.sad.compresses(r.sa.source, r.sa.destination) for r in records
         ):
             protection = protection._replace(compression=None)
-        return Verdict(
-            Assurance.EXACT,
-            protection,
-            ports=_ports((r.sa.selector for r in records), evidence),
+        ports = _ports((r.sa.selector for r in records), evidence)
+        return Finding(Verdict(Assurance.EXACT, protection, ports=ports), tuple(records))
+
+    # By the socket's own policy
+
+    def _enforced(self, template: Template, evidence: Evidence) -> Finding:
+        self.mirror.additions_matter = True
+        if self.opaque_interfaces:
+            return Finding(unknown("no socket policy checks what comes through an xfrm interface"))
+        records = self._admitted_under(template, evidence)
+        protection = UNKNOWN._replace(tunnel=template.mode in TUNNELS)
+        if records:
+            # The channel's own are those with its addresses.
+            own = weakest(_derived(r) for r in records if fits(r.sa, evidence))
+            protection = weakest(map(_derived, records))._replace(groups=own.groups)
+        ports = _ports((r.sa.selector for r in records), evidence)
+        return Finding(
+            Verdict(Assurance.ENFORCED, protection._replace(compression=None), ports=ports),
+            tuple(records),
         )
+
+    def _admitted_under(self, template: Template, evidence: Evidence) -> list[Record]:
+        """Return the SAs that satisfy a template under which the packet may have come.
+
+        Removed ones too. The kernel compares what it decrypted with the SA's selector, and never
+        its source with the SA's.
+        """
+        mirror, flow = self.mirror, evidence.flow
+        return [
+            record
+            for record in chain(
+                mirror.sad.admitting(evidence.peer), mirror.graveyard.admitting(evidence.peer)
+            )
+            if _inbound(sa := record.sa)
+            and _meets(sa, template)
+            and sa.selector.matches(flow)
+            and _wrote(sa, evidence)
+            and (
+                not self._outbound(sa)
+                if sa.mode in TUNNELS
+                else sa.destination == evidence.local or self.is_own(sa.destination)
+            )
+        ]
 
     # By inference
 
-    def _infer(self, evidence: Evidence, now: float) -> Verdict:
+    def _infer(self, evidence: Evidence, now: float) -> Finding:
+        ties = self._ties(evidence)
+        if isinstance(ties, Verdict):
+            return Finding(ties)
+        # Which of several policies with one number is the first is not certain: all must protect.
+        group = next((g for g in ties if all(p.protects for p in g)), None)
+        if group is not None:
+            return self._by_policy(group, evidence, now)
+        return Finding(self._by_none(ties, evidence))
+
+    def _ties(self, evidence: Evidence) -> list[list[Policy]] | Verdict:
+        """Return the policies that come first, or why it is not known which do."""
         mirror = self.mirror
         mirror.additions_matter = True
         if self.opaque_interfaces:
@@ -182,10 +256,11 @@ class TruthTable:
         ties = mirror.spd.ties(_marked_flow(evidence), Direction.IN)
         if any(policy.action is PolicyAction.BLOCK for group in ties for policy in group):
             return unknown("a policy blocks this traffic")
-        # Which of several policies with one number is the first is not certain: all must protect.
-        group = next((g for g in ties if all(p.protects for p in g)), None)
-        if group is not None:
-            return self._by_policy(group, evidence, now)
+        return ties
+
+    def _by_none(self, ties: list[list[Policy]], evidence: Evidence) -> Verdict:
+        """Return what holds where no policy demands protection."""
+        mirror = self.mirror
         if any(policy.protects for g in ties for policy in g):
             return unknown("policies with the same priority contradict each other")
         if not ties and mirror.defaults.inbound is PolicyAction.BLOCK:
@@ -199,24 +274,29 @@ class TruthTable:
             return unknown("an SA may have carried it, and no policy demands one")
         return CLEAR
 
-    def _by_policy(self, policies: list[Policy], evidence: Evidence, now: float) -> Verdict:
+    def _by_policy(self, policies: list[Policy], evidence: Evidence, now: float) -> Finding:
         if evidence.peer == evidence.local or self.is_own(evidence.peer):
-            return unknown("no policy checks what this host sends to itself")
+            return Finding(unknown("no policy checks what this host sends to itself"))
         if not all(self.mirror.vouches(policy, now) for policy in policies):
-            return unknown("the policy may be younger than the packet")
-        return Verdict(
+            return Finding(unknown("the policy may be younger than the packet"))
+        verdict = Verdict(
             Assurance.POLICY,
             weakest(self._admitted(policy, evidence) for policy in policies),
             ports=_ports((policy.selector for policy in policies), evidence),
         )
+        if not self.identified:
+            return Finding(verdict)
+        carriers = [
+            self._admitted_under(template, evidence)
+            for template in dict.fromkeys(chain.from_iterable(map(_demanded, policies)))
+        ]
+        if not all(carriers):
+            return Finding(verdict)
+        return Finding(verdict, tuple(dict.fromkeys(chain.from_iterable(carriers))))
 
     def _admitted(self, policy: Policy, evidence: Evidence) -> Protection:
         """What holds of all that the policy lets in: each demanded template was applied."""
-        demanded = [
-            self._under(template, evidence)
-            for template in policy.templates
-            if not template.optional and template.proto in PROTECTING
-        ]
+        demanded = [self._under(template, evidence) for template in _demanded(policy)]
         return reduce(both, demanded)._replace(
             compression=None, policy=f"{policy.selector} priority {policy.priority}"
         )
@@ -232,6 +312,14 @@ class TruthTable:
             _derived(r) for r in records if _meets(r.sa, template) and _carries(r.sa, evidence)
         ]
         return weakest(found) if found else UNKNOWN._replace(tunnel=tunnel)
+
+
+def _demanded(policy: Policy) -> Iterable[Template]:
+    return filter(_demands, policy.templates)
+
+
+def _demands(template: Template) -> bool:
+    return not template.optional and template.proto in PROTECTING
 
 
 def fits(sa: SA, evidence: Evidence) -> bool:
@@ -253,8 +341,11 @@ def _any_fits(records: Iterable[Record], evidence: Evidence) -> bool:
 
 def _carries(sa: SA, evidence: Evidence) -> bool:
     """Whether an SA may have carried it, by the mark that it would have written, too."""
-    if sa.proto not in (IPPROTO_ESP, IPPROTO_AH) or not fits(sa, evidence):
-        return False
+    return sa.proto in PROTECTING and fits(sa, evidence) and _wrote(sa, evidence)
+
+
+def _wrote(sa: SA, evidence: Evidence) -> bool:
+    """Whether the packet's mark may be what the SA writes into its packets."""
     written = sa.set_mark
     return (
         written is None

@@ -50,6 +50,9 @@ SA: Mapping[str, tuple[type, ...]] = {
     "if_id": _NUMBER,
     "replay_window": _NUMBER,
     "esn": _FLAG,
+    "peer": _TEXT,
+    "local": _TEXT,
+    "identity_pending": _FLAG,
 }
 _SA_DEMANDS = ("src", "dst")
 POLICY: Mapping[str, tuple[type, ...]] = {

@@ -6,6 +6,8 @@ Rules:
   watch it are apart. Lost and held events make the difference.
 * It plays the stamp: traffic from a peer to a local address carries the SPI of the newest declared
   inbound SA that fits, or mark 0. From there on it is the same truth table as everywhere.
+* Identities are declared with their SA, or as yet to come: then tokens wait for them as they do
+  for a keying daemon's report.
 * It works on any loop, on several at once, and from their threads.
 """
 
@@ -42,9 +44,12 @@ from ipsec_aio.events import (
     SAsFlushed,
 )
 from ipsec_aio.flow import Mark, Selector, pack_address, unmap
+from ipsec_aio.identities import UNIDENTIFIED, Awaited, Identities
+from ipsec_aio.identity import IToken
 from ipsec_aio.policy import Policy, PolicyKey, Template
 from ipsec_aio.protection import PROTECTING, TUNNELS
 from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, Algorithm, SAKey
+from ipsec_aio.tokens import PENDING_SECONDS
 from ipsec_aio.truth import fits
 
 from . import declaration
@@ -57,6 +62,8 @@ if TYPE_CHECKING:
 
     from ipsec_aio.enforcement import Bundle
     from ipsec_aio.evidence import Evidence
+    from ipsec_aio.identities import Answer
+    from ipsec_aio.sad import Record
     from ipsec_aio.tokens import PToken
 
 __all__ = ["MemoryBackend", "selector"]
@@ -137,6 +144,8 @@ class MemoryBackend(TableBackend):
         self._lock = threading.RLock()
         self.resolver.lock = self._lock
         self._sas: dict[SAKey, SA] = {}
+        # By the SA itself, for its key may be used again; None: to come.
+        self._ends: dict[int, Identities | None] = {}
         self._policies: dict[PolicyKey, Policy] = {}
         self._defaults = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
         self._spis = count(_FIRST_SPI)
@@ -214,6 +223,9 @@ class MemoryBackend(TableBackend):
         if_id: int = 0,
         replay_window: int = 32,
         esn: bool = False,
+        peer: IToken | str | None = None,
+        local: IToken | str | None = None,
+        identity_pending: bool = False,
     ) -> SA:
         """Declare an SA, or replace the one with the same key; return it.
 
@@ -221,8 +233,13 @@ class MemoryBackend(TableBackend):
         ``"esp"``, ``"ah"``, ``"comp"`` or an IP protocol number; ``mode`` a Mode or its name.
         Algorithms go by the kernel's names; ESP without any is AES-GCM, with an authenticator
         alone it encrypts nothing; AH is HMAC-SHA-256, IPComp deflate. ``key_bits`` is of the AEAD
-        or cipher, with its salt. Raises ValueError for what the kernel does not know.
+        or cipher, with its salt. ``peer`` and ``local`` are the identities of the two ends, or text
+        for :meth:`IToken.named`; with ``identity_pending`` they are yet to come, by
+        :meth:`identify`. Raises ValueError for what the kernel does not know.
         """
+        ends = None if identity_pending else _identities(local, peer)
+        if identity_pending and (peer is not None or local is not None):
+            raise ValueError("identity_pending excludes peer and local")
         number = _number(_PROTOS, proto, "proto", 255)
         if spi is not None:
             self._chosen.add(spi)
@@ -257,24 +274,45 @@ class MemoryBackend(TableBackend):
                 if_id=_within(if_id, "if_id", _MAX),
                 replay_window=replay_window,
                 esn=esn,
-            )
+            ),
+            ends,
         )
 
     def rekey(self, sa: SA, **changes: Any) -> SA:
         """Put a new SA beside an old one, with a fresh SPI and with ``changes``, fields of SA.
 
-        The old one stays until it is deleted, as with IKE.
+        The old one stays until it is deleted, as with IKE. The new one has its identities, unless
+        ``peer``, ``local`` or ``identity_pending`` say otherwise, as in :meth:`add_sa`.
         """
+        ends = self._ends.get(id(self._sas.get(sa.key)), UNIDENTIFIED)
+        if changes.pop("identity_pending", False):
+            ends = None
+        if "peer" in changes or "local" in changes:
+            old = ends or UNIDENTIFIED
+            local, peer = changes.pop("local", old.local), changes.pop("peer", old.peer)
+            ends = _identities(local, peer)
         if "spi" in changes:
             self._chosen.add(changes["spi"])
         else:
             changes["spi"] = self._free_spi()
-        return self._put(replace(sa, **changes))
+        return self._put(replace(sa, **changes), ends)
+
+    def identify(
+        self, sa: SA, *, peer: IToken | str | None = None, local: IToken | str | None = None
+    ) -> None:
+        """Say who is at the ends of an SA from now on, as :meth:`add_sa` does.
+
+        Raises KeyError where there is none with its key, ValueError for text that names nobody.
+        """
+        ends = _identities(local, peer)
+        with self._lock:
+            self._name(self._sas[sa.key], ends)
+            self.identities_changed()
 
     def delete_sa(self, sa: SA) -> None:
         """Delete an SA. Raises KeyError where there is none with its key."""
         with self._lock:
-            del self._sas[sa.key]
+            self._part_with(self._sas.pop(sa.key))
             self._tell(SADeleted(sa.key))
 
     def expire(self, sa: SA, *, hard: bool = True) -> None:
@@ -284,13 +322,16 @@ class MemoryBackend(TableBackend):
         """
         with self._lock:
             sa = self._sas.pop(sa.key) if hard else self._sas[sa.key]
+            if hard:
+                self._part_with(sa)
             self._tell(SAExpired(sa, hard))
 
     def flush_sas(self, proto: str | int = 0) -> None:
         """Delete all SAs, or those of one protocol."""
         number = _number(_PROTOS, proto, "proto", 255)
         with self._lock:
-            self._sas = {k: sa for k, sa in self._sas.items() if number not in (0, k.proto)}
+            for key in [key for key in self._sas if number in (0, key.proto)]:
+                self._part_with(self._sas.pop(key))
             self._tell(SAsFlushed(number))
 
     # Policies
@@ -466,6 +507,14 @@ class MemoryBackend(TableBackend):
             self.mirror.apply(SAAdded(sa), self.clock())
         return True
 
+    def identities_of(self, record: Record, now: float) -> Answer:
+        """Return what was declared of an SA, or will be."""
+        ends = self._ends.get(id(record.sa), record.identities or UNIDENTIFIED)
+        if ends is not None:
+            return ends
+        until = record.added + PENDING_SECONDS
+        return Awaited(until) if now <= until else UNIDENTIFIED
+
     async def aclose(self) -> None:
         """Stop; tokens stay readable. Idempotent."""
         with self._lock:
@@ -473,13 +522,30 @@ class MemoryBackend(TableBackend):
 
     # Inside
 
-    def _put(self, sa: SA) -> SA:
+    def _put(self, sa: SA, ends: Identities | None) -> SA:
         with self._lock:
             # The newest stands at the end, where the stamp looks first.
-            self._sas.pop(sa.key, None)
+            old = self._sas.pop(sa.key, None)
+            if old is not None and self._part_with(old) != ends:
+                # Alike or not, it is not the same SA.
+                self._tell(SADeleted(sa.key))
             self._sas[sa.key] = sa
+            self._name(sa, ends)
             self._tell(SAAdded(sa))
         return sa
+
+    def _name(self, sa: SA, ends: Identities | None) -> None:
+        self._ends[id(sa)] = ends
+        if ends != UNIDENTIFIED:
+            self.resolver.identified = True
+
+    def _part_with(self, sa: SA) -> Identities | None:
+        """Let the mirror remember whose an SA was that is no longer declared."""
+        ends = self._ends.pop(id(sa))
+        record = self.mirror.sad.get(sa.key)
+        if record is not None and record.sa is sa:
+            record.identities = ends
+        return ends
 
     def _tell(self, event: Event) -> None:
         if self._held is not None:
@@ -512,6 +578,11 @@ def _joins(sa: SA, local: bytes, peer: bytes) -> bool:
     if sa.proto not in PROTECTING:
         return False
     return sa.mode in TUNNELS or {local, peer} <= {sa.source, sa.destination, b""}
+
+
+def _identities(local: IToken | str | None, peer: IToken | str | None) -> Identities:
+    named = (IToken.named(end) if isinstance(end, str) else end for end in (local, peer))
+    return Identities(*named)
 
 
 def _number(names: Mapping[str, int], value: str | int, what: str, limit: int) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ipsec_aio import enforcement
 from ipsec_aio.errors import BackendUnavailable
+from ipsec_aio.identities import UNIDENTIFIED
 from ipsec_aio.mirror import Mirror
 from ipsec_aio.tokens import PToken, Resolver
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from ipsec_aio.enums import Direction
     from ipsec_aio.events import Event
     from ipsec_aio.evidence import Evidence
+    from ipsec_aio.identities import Answer
     from ipsec_aio.sa import SAKey
+    from ipsec_aio.sad import Record
 
 __all__ = ["TableBackend"]
 
@@ -49,8 +52,9 @@ class TableBackend(Backend):
     """A backend whose facts are a mirror.
 
     A subclass brings the facts: it calls :meth:`take` with live events, or changes ``mirror``
-    itself (a resync) and then calls :meth:`changed`. It may override :meth:`lookup_missing` and
-    :meth:`drain`. After :meth:`bind_loop` it belongs to the running loop.
+    itself (a resync) and then calls :meth:`changed`. It overrides :meth:`lookup_missing`, and may
+    override :meth:`drain` and :meth:`identities_of`. After :meth:`bind_loop` it belongs to the
+    running loop.
     """
 
     name = "tables"
@@ -63,6 +67,7 @@ class TableBackend(Backend):
         self.mirror = Mirror()
         self.resolver = Resolver(self.mirror, clock, trust_policy=trust_policy)
         self.resolver.lookup_missing = self.lookup_missing
+        self.resolver.identify = self.identities_of
         self.resolver.wait = self._wait
         self.resolver.settled = self._settled
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -126,6 +131,20 @@ class TableBackend(Backend):
             self.resolver.opaque_interfaces = opaque
             self.mirror.bump()
             self.changed()
+
+    def identities_of(self, record: Record, now: float) -> Answer:
+        """Return who is at the ends of an SA, or until when that may come to be known.
+
+        Called while a token is resolved or read. Who overrides it sets ``resolver.identified``,
+        and calls :meth:`identities_changed` when an answer may have become another.
+        """
+        del record, now
+        return UNIDENTIFIED
+
+    def identities_changed(self) -> None:
+        """Let everybody know that :meth:`identities_of` may answer otherwise."""
+        self.mirror.bump()
+        self.changed()
 
     @abstractmethod
     def lookup_missing(self, key: SAKey) -> bool:

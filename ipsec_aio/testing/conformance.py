@@ -27,12 +27,13 @@ from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendUnavailable
 from ipsec_aio.evidence import IPPROTO_UDP, Evidence
 from ipsec_aio.flow import pack_address
+from ipsec_aio.tokens import PENDING_SECONDS
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
     from ipsec_aio.tokens import PToken
 
-__all__ = ["BackendConformance", "Bench"]
+__all__ = ["BackendConformance", "Bench", "IdentityBench", "IdentityConformance"]
 
 PORT = 5000
 GCM = "rfc4106(gcm(aes))"
@@ -125,8 +126,22 @@ class Bench(ABC):
         )
 
 
-class BackendConformance:
-    """The tests. Each starts on a fresh bench."""
+class IdentityBench(Bench):
+    """The operator of a system whose keying daemon tells the backend whose SAs are.
+
+    It has told nobody of the SAs that :meth:`Bench.add_sa` adds.
+    """
+
+    @abstractmethod
+    async def identify(self, *, src: str, dst: str, spi: int, peer: str, local: str) -> None:
+        """Let the keying daemon report whose ends an ESP SA has, text for IToken.named().
+
+        The backend knows it by the time this returns.
+        """
+
+
+class _Arrivals:
+    """What the tests have in common."""
 
     async def _arrive(
         self, bench: Bench, spi: int, peer: str | None = None, *, stamped: bool = True
@@ -146,6 +161,10 @@ class BackendConformance:
     async def _sa(self, bench: Bench, spi: int, **fields: str | int) -> None:
         arguments = {"src": bench.peer, "dst": bench.local, "aead": GCM} | fields
         await bench.add_sa(spi=spi, **arguments)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+class BackendConformance(_Arrivals):
+    """The tests. Each starts on a fresh bench."""
 
     async def test_clear_traffic_is_known_to_be_clear(self, bench: Bench) -> None:
         token = await self._arrive(bench, 0)
@@ -345,6 +364,67 @@ class BackendConformance:
         with pytest.raises(BackendUnavailable):
             bench.backend.subscribe(bench.backend.drain)
         bench.backend.drain()
+
+
+class IdentityConformance(_Arrivals):
+    """More tests, for backends that know whose SAs are. Their fixture's bench can identify."""
+
+    async def _identify(self, bench: IdentityBench, spi: int, peer: str) -> None:
+        await bench.identify(
+            src=bench.peer, dst=bench.local, spi=spi, peer=peer, local="here.example.org"
+        )
+        bench.backend.drain()
+
+    async def test_an_identity_comes_later_and_once(self, bench: IdentityBench) -> None:
+        await self._sa(bench, 0x1001)
+        token = await self._arrive(bench, 0x1001)
+        assert (token.pending, token.protected, token.peer) == (True, True, None)
+        waiting = asyncio.ensure_future(token.resolved(5))
+        await self._identify(bench, 0x1001, "alice.example.org")
+        assert await waiting is token
+        assert token.pending is False
+        assert str(token.peer) == "alice.example.org"
+        assert str(token.local) == "here.example.org"
+        assert await self._arrive(bench, 0x1001) is token
+
+    async def test_a_rekey_by_the_same_peer_keeps_the_token(self, bench: IdentityBench) -> None:
+        await self._sa(bench, 0x1001)
+        await self._identify(bench, 0x1001, "alice.example.org")
+        token = await self._arrive(bench, 0x1001)
+        await self._sa(bench, 0x1002)
+        late = await self._arrive(bench, 0x1002)
+        assert late.peer is None
+        await self._identify(bench, 0x1002, "alice.example.org")
+        assert await late.resolved(5) is token
+        assert await self._arrive(bench, 0x1002) is token
+        assert [sa.spi for sa in token.sas] == [0x1001, 0x1002]
+
+    async def test_another_peer_behind_an_address_is_another_token(
+        self, bench: IdentityBench
+    ) -> None:
+        await self._sa(bench, 0x1001)
+        await self._identify(bench, 0x1001, "alice.example.org")
+        token = await self._arrive(bench, 0x1001)
+        await self._sa(bench, 0x1002)
+        await self._identify(bench, 0x1002, "bob.example.org")
+        other = await self._arrive(bench, 0x1002)
+        assert other is not token
+        assert not other.equivalent(token)
+        assert (str(token.peer), str(other.peer)) == ("alice.example.org", "bob.example.org")
+        await bench.delete_sa(src=bench.peer, dst=bench.local, spi=0x1001)
+        bench.backend.drain()
+        assert not token.alive
+        assert other.alive
+
+    async def test_nobody_is_waited_for_long(self, bench: IdentityBench) -> None:
+        await self._sa(bench, 0x1001)
+        token = await self._arrive(bench, 0x1001)
+        await bench.pass_time(PENDING_SECONDS + 0.1)
+        assert not token.pending
+        assert token.peer is None
+        await self._identify(bench, 0x1001, "alice.example.org")
+        assert token.peer is None
+        assert str((await self._arrive(bench, 0x1001)).peer) == "alice.example.org"
 
 
 def _addresses(evidence: Evidence) -> tuple[int, bytes, int, bytes, int]:

@@ -87,7 +87,7 @@ class Bench:
         return True
 
     def judge(self, evidence):
-        return self.table.judge(evidence, self.now)
+        return self.table.judge(evidence, self.now).verdict
 
     def __call__(self, evidence):
         return self.judge(evidence).assurance
@@ -164,7 +164,7 @@ def test_an_sa_that_cannot_have_carried_it_is_not_taken(sa):
 
 def test_a_number_that_is_known_for_others_does_not_wait():
     bench = Bench(esp(source=OTHER))
-    assert bench.judge(seen(0x1001)) is not MISSING
+    assert bench.judge(seen(0x1001)) is not MISSING.verdict
     epoch = bench.mirror.epoch
     bench.tell(tunnel())
     assert bench.mirror.epoch != epoch
@@ -274,7 +274,7 @@ def test_without_anybody_to_ask_it_waits():
 def test_a_missing_sa_is_asked_for_once_and_then_waited_for():
     bench = Bench()
     bench.answer = None
-    assert bench.judge(seen(0x1001)) is MISSING
+    assert bench.judge(seen(0x1001)) is MISSING.verdict
     assert {(k.destination, k.proto, k.spi) for k in bench.asked} == {
         (LOCAL, 50, 0x1001),
         (LOCAL, 51, 0x1001),
@@ -290,7 +290,7 @@ def test_what_the_question_finds_counts_at_once():
     assert bench.judge(seen(0x1001)).protection.privacy is False
     bench = Bench()
     bench.answer = []
-    assert bench.judge(seen(0x1001)) is MISSING, "a tunnel cannot be asked for"
+    assert bench.judge(seen(0x1001)) is MISSING.verdict, "a tunnel cannot be asked for"
 
 
 def test_a_removed_sa_speaks_for_what_was_queued():
@@ -306,7 +306,7 @@ def test_a_removed_sa_does_not_speak_while_nobody_answers():
     bench = Bench(esp())
     bench.remove(esp())
     bench.answer = None
-    assert bench.judge(seen(0x1001)) is MISSING
+    assert bench.judge(seen(0x1001)) is MISSING.verdict
 
 
 def test_a_number_that_is_in_use_again_without_our_knowledge():
@@ -338,8 +338,8 @@ def test_what_came_after_the_deadline_does_not_count():
     deadline = bench.now + 2
     bench.wait(3)
     bench.tell(esp())
-    again = bench.table.judge_again(seen(0x1001), deadline, bench.now)
-    assert (again.assurance, again is MISSING) == (UNKNOWN, False)
+    again = bench.table.judge_again(seen(0x1001), deadline, bench.now).verdict
+    assert (again.assurance, again is MISSING.verdict) == (UNKNOWN, False)
 
 
 def test_at_the_deadline_a_tombstone_speaks():
@@ -348,9 +348,9 @@ def test_at_the_deadline_a_tombstone_speaks():
     evidence, deadline = seen(0x1001), bench.now + 2
     assert bench.table.judge_again(evidence, deadline, bench.now) is MISSING
     bench.wait(2.1)
-    assert bench.table.judge_again(evidence, deadline, bench.now).assurance is EXACT
+    assert bench.table.judge_again(evidence, deadline, bench.now).verdict.assurance is EXACT
     bench.mirror.begin_resync(bench.now)
-    assert bench.table.judge_again(evidence, deadline, bench.now).assurance is UNKNOWN
+    assert bench.table.judge_again(evidence, deadline, bench.now).verdict.assurance is UNKNOWN
 
 
 # By inference

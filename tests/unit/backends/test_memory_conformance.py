@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 
 from ipsec_aio.backends.memory import MemoryBackend
-from ipsec_aio.testing.conformance import BackendConformance, Bench
+from ipsec_aio.testing.conformance import (
+    BackendConformance,
+    Bench,
+    IdentityBench,
+    IdentityConformance,
+)
 
 
 class MemoryBench(Bench):
     backend: MemoryBackend
+    awaits_identities = False
 
     def __init__(self, backend: MemoryBackend) -> None:
         super().__init__(backend)
@@ -21,7 +27,12 @@ class MemoryBench(Bench):
 
     async def add_sa(self, *, src, dst, spi, proto="esp", **fields):
         self.sas[src, dst, spi, proto] = self.backend.add_sa(
-            src=src, dst=dst, spi=spi, proto=proto, **fields
+            src=src,
+            dst=dst,
+            spi=spi,
+            proto=proto,
+            identity_pending=self.awaits_identities,
+            **fields,
         )
 
     async def delete_sa(self, *, src, dst, spi, proto="esp"):
@@ -48,8 +59,22 @@ class MemoryBench(Bench):
         self.late += seconds
 
 
+class IdentifyingBench(MemoryBench, IdentityBench):
+    awaits_identities = True
+
+    async def identify(self, *, src, dst, spi, peer, local):
+        self.backend.identify(self.sas[src, dst, spi, "esp"], peer=peer, local=local)
+
+
 class TestMemory(BackendConformance):
     @pytest.fixture(params=[False, True], ids=["", "trust_policy"])
     async def bench(self, request):
         async with MemoryBackend(trust_policy=request.param) as backend:
             yield MemoryBench(backend)
+
+
+class TestIdentities(IdentityConformance):
+    @pytest.fixture
+    async def bench(self):
+        async with MemoryBackend() as backend:
+            yield IdentifyingBench(backend)
