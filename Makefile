@@ -3,15 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LAB := $(PYTHON) tests/lab/run.py
-# Minutes of load; in a machine of its own, by itself.
-APART := tests/lab/test_load.py
 
 help:
 	@echo 'make demo      see it: real IPsec between two hosts, in a virtual machine'
 	@echo 'make test      everything: lint, types, tests with their coverage, and the lab'
 	@echo 'make unit      the tests that need no kernel of their own; K=expression selects'
 	@echo 'make lab       the tests on real IPsec, in a virtual machine; K=expression selects'
-	@echo 'make lab-apart the minutes of load on real IPsec, by themselves'
 	@echo 'make lint      ruff: style and format'
 	@echo 'make types     mypy and pyright, both strict'
 	@echo 'make docs      these pages and the API, as HTML in build/docs'
@@ -50,10 +47,7 @@ else
 endif
 
 lab: .venv/ready .lab/ready
-	$(LAB) --limit 1800 -- .venv/bin/pytest -p no:cacheprovider $(APART:%=--ignore=%) tests/lab $(if $(K),-k '$(K)')
-
-lab-apart: .venv/ready .lab/ready
-	$(LAB) --limit 1800 -- .venv/bin/pytest -p no:cacheprovider $(APART) $(if $(K),-k '$(K)')
+	$(LAB) --limit 1800 -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
 
 docs: .venv/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
@@ -71,4 +65,4 @@ clean:
 distclean: clean
 	rm -rf .venv .lab
 
-.PHONY: help demo test lint types unit lab lab-apart docs clean distclean
+.PHONY: help demo test lint types unit lab docs clean distclean

@@ -70,7 +70,7 @@ def enter(namespace: int) -> None:
 def run(*words: str, stdin: str = "") -> str:
     """Run a program in the namespace of the moment; returns its output. Its errors are ours."""
     environment = dict(os.environ)
-    if {"nft", "swanctl"} & {*words[:3]}:  # unpacked, and so are the libraries that they need
+    if {"nft", "swanctl"} & {*words[:4]}:  # unpacked, and so are the libraries that they need
         environment["LD_LIBRARY_PATH"] = os.environ.get("LAB_LIBRARIES", "")
     done = subprocess.run(
         words, input=stdin, capture_output=True, text=True, env=environment, check=False
@@ -90,6 +90,7 @@ class Host:
     _stack: list[int] = field(default_factory=list)
     _undo: list[Callable[[], object]] = field(default_factory=list)
     _tool: subprocess.Popen[str] | None = None
+    _wire: socket.socket | None = None
 
     @property
     def v4(self) -> str:
@@ -205,6 +206,8 @@ class Host:
     def close(self) -> None:
         """End what serves this host."""
         self._forget_tool()
+        if self._wire is not None:
+            self._wire.close()
         os.close(self._namespace)
 
     def show(self, *words: str) -> str:
@@ -285,12 +288,12 @@ class Host:
 
     def inject(self, packet: bytes, to: Host) -> None:
         """Put an IP packet on the wire to another host as it is, past routing and IPsec."""
+        if self._wire is None:  # kept: to close one takes the kernel long
+            with self:
+                self._wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
         ether_type = 0x86DD if packet[0] >> 4 == 6 else 0x0800
-        with self:
-            wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
-        with wire:
-            mac = bytes.fromhex(to.mac.replace(":", ""))
-            wire.sendto(packet, ("eth0", ether_type, 0, 0, mac))
+        mac = bytes.fromhex(to.mac.replace(":", ""))
+        self._wire.sendto(packet, ("eth0", ether_type, 0, 0, mac))
 
     def send_packet(self, packet: bytes, to: str) -> None:
         """Send an IP packet with our own header the ordinary way: policies apply to it."""
@@ -436,12 +439,7 @@ class Pair:
     def rekey(self, *, suite: Suite | None = None, spis: tuple[int, int] | None = None) -> None:
         """Add a new pair of SAs, which takes over what is sent. The older ones still receive."""
         self.suite = suite or self.suite
-        self.spis.append(spis or (next(_spis), next(_spis)))
-        to_two, to_one = self.states("add")
-        # Each receives by the new SA before the other sends by it.
-        self.two.ip(to_two)
-        self.one.ip(to_one, to_two)
-        self.two.ip(to_one)
+        rekey(self, spis=spis)
 
     def retire(self, *hosts: Host) -> None:
         """Delete the oldest pair of SAs, on both hosts or on those named."""
@@ -528,6 +526,45 @@ def protect(
     return pair
 
 
+def lenient(
+    one: Host,
+    two: Host,
+    suite: Suite = GCM,
+    mode: str = "transport",
+    family: int = 4,
+    extra: str = "",
+) -> Pair:
+    """Key two hosts so that ``one`` sends protected and ``two`` demands nothing of what he gets."""
+    pair = protect(one, two, suite, mode=mode, family=family, policies=False, reqid=7, extra=extra)
+    pair.demand(one)
+    two.ip(pair.policies("add", two, level="use")[0], pair.policies("add", two)[1])
+    return pair
+
+
+def rekey(*pairs: Pair, spis: tuple[int, int] | None = None, keep: int | None = None) -> None:
+    """Rekey pairs together, in few steps. Of SAs beyond the newest ``keep`` the oldest go."""
+    steps: list[dict[Host, list[str]]] = [{}, {}, {}]
+
+    def at(step: int, host: Host, *lines: str) -> None:
+        steps[step].setdefault(host, []).extend(lines)
+
+    for pair in pairs:
+        pair.spis.append(spis or (next(_spis), next(_spis)))
+        to_two, to_one = pair.states("add")
+        # Each receives by the new SA before the other sends by it.
+        at(0, pair.two, to_two)
+        at(1, pair.one, to_one, to_two)
+        at(2, pair.two, to_one)
+        if keep is not None and len(pair.spis) > keep:
+            old = pair.states("delete", oldest=True)
+            pair.spis.pop(0)
+            at(1, pair.one, *old)
+            at(2, pair.two, *old)
+    for step in steps:
+        for host, lines in step.items():
+            host.ip(*lines)
+
+
 # -- waiting -------------------------------------------------------------------------------
 
 
@@ -560,6 +597,17 @@ async def ready(sock: socket.socket, attempt: Callable[[], T], within: float = P
                     await woken.wait()
                 finally:
                     loop.remove_reader(sock.fileno())
+
+
+async def refused(host: Host, send: Callable[[], object]) -> None:
+    """Send, and wait until the host's policies drop a packet; raises TimeoutError."""
+
+    def dropped() -> int:
+        return host.statistics().get("XfrmInTmplMismatch", 0)
+
+    before = dropped()
+    send()
+    await eventually(lambda: dropped() > before)
 
 
 async def eventually(condition: Callable[[], bool], within: float = PATIENCE) -> None:
