@@ -30,6 +30,7 @@ from ..wire import xfrm
 from .sockopts import SO_RCVBUFFORCE
 
 __all__ = [
+    "DumpReader",
     "NetlinkSocket",
     "SocketFactory",
     "Take",
@@ -82,6 +83,12 @@ class NetlinkSocket:
     def fileno(self) -> int:
         """Return the descriptor, -1 once closed."""
         return self._socket.fileno()
+
+    @property
+    def port(self) -> int:
+        """The port id by which the kernel knows this socket."""
+        port: int = self._socket.getsockname()[0]
+        return port
 
     def next_sequence(self) -> int:
         """Return a number for the next request."""
@@ -142,7 +149,7 @@ async def dump(channel: NetlinkSocket, build: Callable[[int], bytes], take: Take
     Raises BackendOverrun where it stops before its end, CodecError, and OSError with the kernel's
     answer.
     """
-    reader = _DumpReader(channel.next_sequence(), take)
+    reader = DumpReader(channel.next_sequence(), take)
     channel.send(build(reader.sequence))
     while not reader.done:
         if not channel.receive(reader):
@@ -151,7 +158,13 @@ async def dump(channel: NetlinkSocket, build: Callable[[int], bytes], take: Take
     return not reader.interrupted
 
 
-class _DumpReader:
+class DumpReader:
+    """Takes the answer to request ``sequence``, and calls ``take`` for each record of it.
+
+    Raises OSError with the kernel's refusal. ``done`` at its end; ``interrupted`` where the kernel
+    says that the table changed under it.
+    """
+
     def __init__(self, sequence: int, take: Take) -> None:
         self.sequence = sequence
         self.done = False

@@ -2,74 +2,76 @@
 
 Rules:
 
+* pyroute2 builds what is sent and names what is received. Attributes go by its names.
+* What is received stays bytes, one level at a time: verification must see each of them, and
+  pyroute2's decoder turns numbers and flags that it does not know into nothing.
 * Every call is synchronous and short. The kernel answers a netlink request before ``send``
-  returns, so nothing here waits, and it works the same inside any event loop.
+  returns, so nothing here waits, and it works the same inside any event loop. (pyroute2's
+  synchronous sockets run a loop of their own, which a running loop forbids.)
 * A socket belongs to the network namespace of the thread that opened it.
-* Attributes are kept as raw bytes: verification compares them whole, so that an attribute that we
-  do not know counts as a difference. (pyroute2's decoder leaves such attributes out, its
-  synchronous sockets cannot be used inside a running loop and its asynchronous ones not on uvloop.)
-
-Numbers: linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
-import struct
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
 
-from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable, CodecError
+from pyroute2.netlink import nfnetlink as _nfnetlink
+from pyroute2.netlink.nfnetlink import nftsocket as _nftsocket
+from pyroute2.nftables import expressions as _builders
+
+from ipsec_aio.errors import (
+    BackendDenied,
+    BackendError,
+    BackendOverrun,
+    BackendUnavailable,
+    CodecError,
+)
+from ipsec_aio.wire import netlink as wire
+
+from .netlink import DumpReader, NetlinkSocket, Take
 
 __all__ = [
     "Attributes",
     "EventSocket",
+    "Expression",
     "Message",
     "NftError",
     "NftSocket",
     "Request",
-    "be32",
-    "encode",
+    "cells",
+    "data",
+    "expression",
+    "failure",
+    "flags",
+    "named",
     "number",
-    "parse",
+    "schema",
+    "sent",
     "text",
-    "unpack_text",
+    "verdict",
 ]
 
-NFPROTO_INET = 1
+nft: Any = _nftsocket
+"""pyroute2's nf_tables: NFT_MSG_* and NLM_F_* numbers, enumerations, message classes."""
+_expressions: Any = _builders
 
-NEWTABLE, GETTABLE, DELTABLE = 0, 1, 2
-NEWCHAIN, GETCHAIN, DELCHAIN = 3, 4, 5
-NEWRULE, GETRULE, DELRULE = 6, 7, 8
-NEWSET, GETSET, DELSET = 9, 10, 11
-NEWSETELEM, GETSETELEM, DELSETELEM = 12, 13, 14
-NEWGEN, GETGEN = 15, 16
-
-CREATE = 0x400
-EXCL = 0x200
-APPEND = 0x800
-
-_REQUEST, _MULTI, _ACK, _DUMP_INTR, _DUMP = 0x1, 0x2, 0x4, 0x10, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+NFPROTO_INET: int = nft.NFPROTO_INET
+NETLINK_NETFILTER: int = nft.NETLINK_NETFILTER
+_SUBSYSTEM: int = _nfnetlink.NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_SUBSYS = 10
-_NETLINK_NETFILTER = 12
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_NFNLGRP_NFTABLES = 7
-_SO_RCVBUFFORCE = 33
+_GENMSG = 4
+_HEADERS = 16 + _GENMSG
 _EVENT_BUFFER = 1 << 20
-# The kernel fills at most 32 KiB of a dump; what is cut off fails to decode.
-_RECEIVE = 1 << 16
-_NESTED, _TYPE_MASK = 0x8000, 0x3FFF
 
-_HEADER = struct.Struct("=IHHII")
-_GENMSG = struct.Struct("!BBH")
-_ATTRIBUTE = struct.Struct("=HH")
+Attributes: TypeAlias = Sequence[tuple[str, object]]
+"""Attributes in order, each by pyroute2's name and in the form that its class takes."""
 
-Attributes: TypeAlias = "tuple[tuple[int, bytes | Attributes], ...]"
-"""Attributes in order: type and value, nested where the value is a tuple."""
+Expression: TypeAlias = Mapping[str, object]
+"""An expression of a rule, as :func:`expression` builds it."""
 
 
 class NftError(Exception):
@@ -82,12 +84,17 @@ class NftError(Exception):
 
 
 class Message(NamedTuple):
-    """An answer or an event. ``kind`` is an NFT_MSG_* number, ``portid`` who asked for it."""
+    """An answer or an event. ``kind`` is an NFT_MSG_* number, ``portid`` who asked for it.
+
+    ``table`` is the name of the table that it is about. ``attributes`` are bytes by name; those
+    that pyroute2 does not know go by their number, as ``"12"``.
+    """
 
     kind: int
     family: int
     portid: int
-    attributes: dict[int, bytes]
+    table: str
+    attributes: Mapping[str, bytes]
 
 
 class Request(NamedTuple):
@@ -100,9 +107,47 @@ class Request(NamedTuple):
     family: int = NFPROTO_INET
 
 
-def be32(value: int) -> bytes:
-    """Encode an attribute's unsigned or negative 32-bit number."""
-    return (value & 0xFFFFFFFF).to_bytes(4, "big")
+_SCHEMAS: dict[int, Any] = nft.AsyncNFTSocket.policy
+_MORE_NAMES: dict[Any, dict[int, str]] = {nft.nft_table_msg: {7: "NFTA_TABLE_OWNER"}}
+
+
+def schema(expression: str) -> Any:
+    """Return pyroute2's class of an expression's attributes, None for one that it lacks."""
+    return getattr(nft.nft_contains_expr.nft_expr, f"nft_{expression}", None)
+
+
+def expression(name: str, /, **values: object) -> Expression:
+    """Build an expression: ``expression("meta", key=25, dreg=1)``; see :func:`flags`.
+
+    Raises CodecError for what pyroute2 does not know: it would leave that out.
+    """
+    known = _names(schema(name)).values()
+    for key in values:
+        if f"NFTA_{name}_{key}".upper() not in known:
+            raise CodecError(f"pyroute2 has no {key!r} in {name!r}")
+    built: Expression = _expressions.genex(name, values)
+    return built
+
+
+def verdict(code: int) -> Expression:
+    """Build the expression that ends a rule's evaluation."""
+    built: list[Expression] = _expressions.verdict(code)
+    return built[0]
+
+
+def data(value: bytes) -> Expression:
+    """Build a value as cmp, bitwise, immediate and set elements hold it."""
+    return {"attrs": [("NFTA_DATA_VALUE", value)]}
+
+
+def flags(kind: Any, value: int) -> object:
+    """Return a number in the form that pyroute2's class of the attribute takes.
+
+    It takes flags by their names, and has some numbers for flags.
+    """
+    if isinstance(kind.ops, dict):
+        return value
+    return frozenset(name for bit, name in enumerate(kind.ops) if value >> bit & 1)
 
 
 def number(value: bytes | None, default: int = 0) -> int:
@@ -110,107 +155,102 @@ def number(value: bytes | None, default: int = 0) -> int:
     return default if value is None else int.from_bytes(value, "big")
 
 
-def text(value: str) -> bytes:
-    """Encode a name."""
-    return value.encode() + b"\0"
-
-
-def unpack_text(value: bytes | None) -> str:
+def text(value: bytes | None) -> str:
     """Decode a name; absent is ``""``."""
     return (value or b"").split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
-def encode(attributes: Attributes) -> bytes:
-    """Encode attributes, padded to four bytes each."""
-    parts: list[bytes] = []
-    for kind, value in attributes:
-        if isinstance(value, tuple):
-            kind, value = kind | _NESTED, encode(value)
-        parts.append(_ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind))
-        parts.append(value + bytes(-len(value) % 4))
-    return b"".join(parts)
+def cells(encoded: bytes) -> list[bytes]:
+    """Split attributes of one kind. Raises CodecError for lengths that cannot be."""
+    return [value for _, value in _split(encoded)]
 
 
-def parse(data: bytes) -> list[tuple[int, bytes]]:
-    """Split attributes, one level deep. Raises CodecError for lengths that cannot be."""
-    found: list[tuple[int, bytes]] = []
-    offset = 0
-    while offset < len(data):
-        if offset + _ATTRIBUTE.size > len(data):
-            raise CodecError("nf_tables attribute is cut off in its header")
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < _ATTRIBUTE.size or offset + length > len(data):
-            raise CodecError(f"nf_tables attribute says {length} bytes where it cannot")
-        found.append((kind & _TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + length]))
-        offset += length + -length % 4
-    return found
-
-
-def split(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
-    """Split a datagram into messages: type, flags, sequence number, port id and payload.
+def named(kind: Any, encoded: bytes) -> dict[str, bytes]:
+    """Split attributes and name them as a class of pyroute2 does; others go by their number.
 
     Raises CodecError for lengths that cannot be.
     """
-    offset = 0
-    while offset < len(data):
-        if offset + _HEADER.size > len(data):
-            raise CodecError("netlink message is cut off in its header")
-        length, kind, flags, sequence, portid = _HEADER.unpack_from(data, offset)
-        if length < _HEADER.size or offset + length > len(data):
-            raise CodecError(f"netlink message says {length} bytes where it cannot")
-        yield kind, flags, sequence, portid, data[offset + _HEADER.size : offset + length]
-        offset += length + -length % 4
+    names = _names(kind)
+    return {names.get(number, str(number)): value for number, value in _split(encoded)}
 
 
-def _message(kind: int, portid: int, payload: bytes) -> Message:
-    if len(payload) < _GENMSG.size:
+@cache
+def _names(kind: Any) -> dict[int, str]:
+    entries = enumerate(getattr(kind, "nla_map", ()))
+    return {place: entry[0] for place, entry in entries} | _MORE_NAMES.get(kind, {})
+
+
+def _split(encoded: bytes) -> list[tuple[int, bytes]]:
+    walk = wire.attributes(encoded, 0, len(encoded))
+    return [(number, encoded[start:end]) for number, start, end in walk]
+
+
+def _encode(
+    kind: Any, header: Mapping[str, int], fields: Mapping[str, int], attributes: Attributes = ()
+) -> bytes:
+    message = kind()
+    message["header"].update(header)
+    message.update(fields)
+    message["attrs"] = list(attributes)
+    message.encode()
+    return bytes(message.data)
+
+
+def _frame(request: Request, sequence: int, flags: int) -> bytes:
+    header = {
+        "type": _SUBSYSTEM << 8 | request.kind,
+        "flags": nft.NLM_F_REQUEST | request.flags | flags,
+        "sequence_number": sequence,
+    }
+    fields = {"nfgen_family": request.family}
+    return _encode(_SCHEMAS[request.kind], header, fields, request.attributes)
+
+
+def _batch(kind: int, sequence: int) -> bytes:
+    header = {"type": kind, "flags": nft.NLM_F_REQUEST, "sequence_number": sequence}
+    return _encode(_nfnetlink.nfgen_msg, header, {"res_id": _SUBSYSTEM})
+
+
+def sent(request: Request) -> Mapping[str, bytes]:
+    """Return a request's attributes as the kernel gets them, and as it has to give them back."""
+    return named(_SCHEMAS[request.kind], _frame(request, 0, 0)[_HEADERS:])
+
+
+def _message(buffer: wire.Buffer, message: wire.Message) -> Message:
+    if message.kind >> 8 != _SUBSYSTEM:
+        raise CodecError(f"message of type {message.kind} where one of nf_tables should be")
+    if message.end - message.start < _GENMSG:
         raise CodecError("nf_tables message is shorter than its header")
-    attributes = dict(parse(payload[_GENMSG.size :]))
-    return Message(kind & 0xFF, payload[0], portid, attributes)
+    kind = message.kind & 0xFF
+    body = bytes(buffer[message.start + _GENMSG : message.end])
+    attributes = named(_SCHEMAS.get(kind), body)
+    # The first attribute names the table, whatever the object is.
+    table = next((value for number, value in _split(body) if number == 1), None)
+    return Message(kind, buffer[message.start], message.port, text(table), attributes)
 
 
-def _frame(kind: int, flags: int, sequence: int, family: int, resource: int, body: bytes) -> bytes:
-    length = _HEADER.size + _GENMSG.size + len(body)
-    return (
-        _HEADER.pack(length, kind, flags | _REQUEST, sequence, 0)
-        + _GENMSG.pack(family, 0, resource)
-        + body
-    )
-
-
-def _open_socket() -> socket.socket:
+def _open(groups: Sequence[int], queue_bytes: int, what: str) -> NetlinkSocket:
     try:
-        return socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
-        )
+        return NetlinkSocket(NETLINK_NETFILTER, groups, queue_bytes=queue_bytes)
     except OSError as error:
-        raise BackendUnavailable(
-            error.errno, f"this kernel has no nf_tables (NETLINK_NETFILTER: {error.strerror})"
-        ) from None
-
-
-def _from_kernel(sock: socket.socket, buffer: bytearray) -> bytes:
-    size, sender = sock.recvfrom_into(buffer)
-    return bytes(memoryview(buffer)[:size]) if sender[0] == 0 else b""
+        raise failure(error.errno or 0, what) from None
 
 
 class NftSocket:
-    """Requests and transactions. Its ``portid`` is what a table's owner is known by."""
+    """Requests and transactions. Raises BackendUnavailable where there is no nf_tables."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray(_RECEIVE)
-        self._socket = _open_socket()
-        self._socket.bind((0, 0))
-        self._sequence = 0
-        self.portid: int = self._socket.getsockname()[0]
+        self._channel = _open((), 0, "reach nf_tables")
+        self.portid: int = self._channel.port
+        """What the owner of a table is known by."""
 
     def close(self) -> None:
         """Close the socket; the kernel then removes the tables that it owns. Idempotent."""
-        self._socket.close()
+        self._channel.close()
 
     def get(self, kind: int, attributes: Attributes = (), family: int = NFPROTO_INET) -> Message:
         """Return the one object asked for. Raises NftError (ENOENT where there is none)."""
-        return self._request(kind, _ACK, attributes, family)[0]
+        return self._request(Request(kind, attributes, family=family), nft.NLM_F_ACK)[0]
 
     def dump(
         self, kind: int, attributes: Attributes = (), family: int = NFPROTO_INET
@@ -219,11 +259,12 @@ class NftSocket:
 
         Raises NftError, with EINTR where the tables changed meanwhile.
         """
-        return self._request(kind, _DUMP, attributes, family)
+        return self._request(Request(kind, attributes, family=family), wire.NLM_F_DUMP)
 
     def generation_id(self) -> int:
         """Return the number that every transaction in this namespace changes."""
-        return number(self.get(GETGEN, family=0).attributes.get(1))
+        found = self.get(nft.NFT_MSG_GETGEN, family=0)
+        return number(found.attributes.get("NFTA_GEN_ID"))
 
     def commit(self, requests: Sequence[Request]) -> None:
         """Carry out all requests, or none and raise NftError."""
@@ -234,102 +275,77 @@ class NftSocket:
         self._transact(requests, finish=False)
 
     def _transact(self, requests: Sequence[Request], finish: bool) -> None:
-        first = self._sequence + 1
-        frames = [_frame(_BATCH_BEGIN, 0, first, 0, _SUBSYS, b"")]
-        for place, request in enumerate(requests, first + 1):
-            kind = _SUBSYS << 8 | request.kind
-            body = encode(request.attributes)
-            frames.append(_frame(kind, request.flags | _ACK, place, request.family, 0, body))
-        self._sequence = first + len(requests) + 1
+        next_sequence = self._channel.next_sequence
+        first = next_sequence()
+        frames = [_batch(_BATCH_BEGIN, first)]
+        frames += [_frame(request, next_sequence(), nft.NLM_F_ACK) for request in requests]
         # The kernel takes everything back where the end is missing.
         if finish:
-            frames.append(_frame(_BATCH_END, 0, self._sequence, 0, _SUBSYS, b""))
-        self._socket.send(b"".join(frames))
-        failure: NftError | None = None
-        while (data := self._receive()) is not None:
-            for kind, _, sequence, _, payload in split(data):
-                code = _error(kind, payload)
-                if code and first <= sequence <= self._sequence and failure is None:
-                    failure = NftError(code, sequence - first - 1)
-        if failure is not None:
-            raise failure
+            frames.append(_batch(_BATCH_END, next_sequence()))
+        failures: list[NftError] = []
 
-    def _receive(self) -> bytes | None:
-        try:
-            return _from_kernel(self._socket, self._buffer)
-        except BlockingIOError:
-            return None
+        def take(buffer: memoryview, message: wire.Message) -> None:
+            place = message.sequence - first - 1
+            if message.kind != wire.NLMSG_ERROR or not -1 <= place < len(frames) - 1:
+                return
+            if code := wire.error_number(buffer, message):
+                failures.append(NftError(code, place))
 
-    def _request(self, kind: int, flags: int, attributes: Attributes, family: int) -> list[Message]:
-        self._sequence += 1
-        wanted, body = self._sequence, encode(attributes)
-        self._socket.send(_frame(_SUBSYS << 8 | kind, flags, wanted, family, 0, body))
+        self._talk(b"".join(frames), take)
+        if failures:
+            raise failures[0]
+
+    def _request(self, request: Request, more: int) -> list[Message]:
         found: list[Message] = []
-        interrupted = False
-        while (data := self._receive()) is not None:
-            for received, message_flags, sequence, portid, payload in split(data):
-                if sequence != wanted:
-                    continue
-                interrupted = interrupted or bool(message_flags & _DUMP_INTR)
-                if received in (_NLMSG_DONE, _NLMSG_ERROR):
-                    if code := _error(received, payload):
-                        raise NftError(code)
-                    if interrupted:
-                        raise NftError(errno.EINTR)
-                    return found
-                found.append(_message(received, portid, payload))
-        raise NftError(errno.EIO)
+        reader = DumpReader(
+            self._channel.next_sequence(),
+            lambda buffer, message: found.append(_message(buffer, message)),
+        )
+        self._talk(_frame(request, reader.sequence, more), reader)
+        if not reader.done:
+            raise NftError(errno.EIO)
+        if reader.interrupted:
+            raise NftError(errno.EINTR)
+        return found
 
-
-def _error(kind: int, payload: bytes) -> int:
-    if kind not in (_NLMSG_ERROR, _NLMSG_DONE) or len(payload) < 4:
-        return 0
-    return -int.from_bytes(payload[:4], "little" if _LITTLE else "big", signed=True)
-
-
-_LITTLE = struct.pack("=H", 1) == b"\1\0"
+    def _talk(self, frames: bytes, take: Take) -> None:
+        try:
+            self._channel.send(frames)
+            while self._channel.receive(take):
+                pass
+        except CodecError:
+            raise NftError(errno.EBADMSG) from None
+        except OSError as error:
+            raise NftError(error.errno or errno.EIO) from None
 
 
 class EventSocket:
-    """What changes in the tables of this namespace (NFNLGRP_NFTABLES)."""
+    """What changes in the tables of this namespace. Raises BackendDenied without privilege."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray(_RECEIVE)
-        self._socket = _open_socket()
-        try:
-            self._socket.bind((0, 0))
-            self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _EVENT_BUFFER)
-        except OSError as error:
-            self._socket.close()
-            raise failure(error.errno or 0, "watch nf_tables") from None
+        groups = (_nfnetlink.NFNLGRP_NFTABLES,)
+        self._channel = _open(groups, _EVENT_BUFFER, "watch nf_tables")
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when there are events."""
-        return self._socket.fileno()
+        return self._channel.fileno()
 
     def close(self) -> None:
         """Close the socket. Idempotent."""
-        self._socket.close()
+        self._channel.close()
 
     def read(self) -> list[Message] | None:
-        """Return the events that have arrived, or None where some were lost (ENOBUFS)."""
+        """Return the events that have arrived, or None where some were lost or broken."""
         found: list[Message] = []
-        complete = True
-        while True:
+        complete = waiting = True
+        while waiting:
             try:
-                data = _from_kernel(self._socket, self._buffer)
-            except BlockingIOError:
-                return found if complete else None
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
+                waiting = self._channel.receive(
+                    lambda buffer, message: found.append(_message(buffer, message))
+                )
+            except (BackendOverrun, CodecError):
                 complete = False
-                continue
-            try:
-                found += [_message(kind, pid, body) for kind, _, _, pid, body in split(data)]
-            except CodecError:
-                complete = False
+        return found if complete else None
 
 
 def failure(code: int, what: str) -> BackendError:

@@ -25,9 +25,8 @@ from typing import Literal, TypeAlias
 
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
 
-from . import nfnetlink as nft
 from . import stamp_table
-from .nfnetlink import EventSocket, Message, NftSocket
+from .nfnetlink import EventSocket, Message, NftSocket, nft
 from .stamp_foreign import LateTable, is_late, own_table
 from .stamp_marks import MarkUsers
 from .stamp_sysctl import FwmarkAccept
@@ -282,19 +281,19 @@ class KernelStamp(Stamp):
         return _Change.LOST
 
     def _weigh(self, event: Message) -> _Change:
-        if event.portid == self._netlink.portid or event.kind == nft.NEWGEN:
+        if event.portid == self._netlink.portid or event.kind == nft.NFT_MSG_NEWGEN:
             return _Change.NOTHING
         if own_table(event):
-            if event.kind == nft.NEWSETELEM:
+            if event.kind == nft.NFT_MSG_NEWSETELEM:
                 return _Change.LOOK
-            if event.kind == nft.DELSETELEM:
+            if event.kind == nft.NFT_MSG_DELSETELEM:
                 gone = stamp_table.ports_of(event)
                 return _Change.LOOK if gone.isdisjoint(self._covered) else _Change.LOST
             return _Change.LOST
-        if event.kind == nft.NEWCHAIN and is_late(event):
+        if event.kind == nft.NFT_MSG_NEWCHAIN and is_late(event):
             return _Change.LOST
-        table = LateTable(event.family, nft.unpack_text(event.attributes.get(1)))
-        elements = event.kind in (nft.NEWSETELEM, nft.DELSETELEM)
+        table = LateTable(event.family, event.table)
+        elements = event.kind in (nft.NFT_MSG_NEWSETELEM, nft.NFT_MSG_DELSETELEM)
         return _Change.LOST if table in self._state.late and not elements else _Change.NOTHING
 
     def _verify(self, *, lost: bool) -> None:

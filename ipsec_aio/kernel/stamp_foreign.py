@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 from ipsec_aio.errors import CodecError
 
-from .nfnetlink import Message, number, parse, unpack_text
+from .nfnetlink import Message, cells, named, nft, number, schema, text
 from .stamp_rules import HOOK_INPUT, INPUT_PRIORITY, TABLE
 
 __all__ = ["LateTable", "is_late", "late_tables", "own_table", "writers"]
 
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK = 1, 3, 4
-_RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS = 1, 2, 3, 4
-_META_KEY, _META_SREG, _MARK = 2, 3, 3
+_Expression, _Hook = nft.nft_contains_expr.nft_expr, nft.nft_chain_msg.hook
+_Data = nft.nft_data.nfta_data
+_MARK = nft.Meta.NFT_META_MARK
 _NF_QUEUE = 3
 
 _HARMLESS = frozenset(
@@ -103,26 +103,23 @@ class LateTable:
 
 def own_table(message: Message) -> bool:
     """Say whether an object or event is of the stamp's own table."""
-    return message.family == 1 and unpack_text(message.attributes.get(1)) == TABLE
+    return message.family == 1 and message.table == TABLE
 
 
 def is_late(chain: Message) -> bool:
     """Say whether a chain is a foreign base chain after the stamp."""
-    hook = chain.attributes.get(_CHAIN_HOOK)
+    hook = chain.attributes.get("NFTA_CHAIN_HOOK")
     if hook is None or chain.family not in _FAMILIES or own_table(chain):
         return False
-    values = dict(parse(hook))
-    priority = int.from_bytes(values.get(2, b"\0"), "big", signed=True)
-    return number(values.get(1), HOOK_INPUT) == HOOK_INPUT and priority >= INPUT_PRIORITY
+    values = named(_Hook, hook)
+    place = number(values.get("NFTA_HOOK_HOOKNUM"), HOOK_INPUT)
+    priority = int.from_bytes(values.get("NFTA_HOOK_PRIORITY", b"\0"), "big", signed=True)
+    return place == HOOK_INPUT and priority >= INPUT_PRIORITY
 
 
 def late_tables(chains: Iterable[Message]) -> frozenset[LateTable]:
     """Return the tables that have something to say after the stamp."""
-    return frozenset(
-        LateTable(chain.family, unpack_text(chain.attributes.get(_CHAIN_TABLE)))
-        for chain in chains
-        if is_late(chain)
-    )
+    return frozenset(LateTable(chain.family, chain.table) for chain in chains if is_late(chain))
 
 
 def writers(
@@ -130,35 +127,31 @@ def writers(
 ) -> tuple[str, ...]:
     """Name the rules in late tables that could write the mark, in the kernel's order."""
     elsewhere = {
-        _chain_of(chain, _CHAIN_TABLE, _CHAIN_NAME)
+        _chain_of(chain, "NFTA_CHAIN_NAME")
         for chain in chains
-        if _CHAIN_HOOK in chain.attributes and not is_late(chain)
+        if "NFTA_CHAIN_HOOK" in chain.attributes and not is_late(chain)
     }
     found: list[str] = []
     for rule in rules:
-        table, chain = where = _chain_of(rule, _RULE_TABLE, _RULE_CHAIN)
+        table, chain = where = _chain_of(rule, "NFTA_RULE_CHAIN")
         if table not in late or where in elsewhere:
             continue
-        if reason := _writes(rule.attributes.get(_RULE_EXPRESSIONS, b"")):
-            handle = number(rule.attributes.get(_RULE_HANDLE))
+        if reason := _writes(rule.attributes.get("NFTA_RULE_EXPRESSIONS", b"")):
+            handle = number(rule.attributes.get("NFTA_RULE_HANDLE"))
             found.append(f"table {table} chain {chain} rule handle {handle}: {reason}")
     return tuple(found)
 
 
-def _chain_of(message: Message, table: int, chain: int) -> tuple[LateTable, str]:
-    attributes = message.attributes
-    return (
-        LateTable(message.family, unpack_text(attributes.get(table))),
-        unpack_text(attributes.get(chain)),
-    )
+def _chain_of(message: Message, name: str) -> tuple[LateTable, str]:
+    return LateTable(message.family, message.table), text(message.attributes.get(name))
 
 
 def _writes(expressions: bytes) -> str:
     try:
-        for _, element in parse(expressions):
-            parts = dict(parse(element))
-            data = parts.get(2, b"")
-            if reason := _judge(unpack_text(parts.get(1)), data):
+        for cell in cells(expressions):
+            parts = named(_Expression, cell)
+            name = text(parts.get("NFTA_EXPR_NAME"))
+            if reason := _judge(name, parts.get("NFTA_EXPR_DATA", b"")):
                 return reason
     except CodecError:
         return "a rule that cannot be read"
@@ -168,15 +161,16 @@ def _writes(expressions: bytes) -> str:
 def _judge(name: str, data: bytes) -> str:
     if name in _HARMLESS:
         return ""
-    values = dict(parse(data))
+    values = named(schema(name), data)
     if name == "meta":
-        writes = _META_SREG in values and number(values.get(_META_KEY), _MARK) == _MARK
-        return "sets the mark" if writes else ""
+        key = number(values.get("NFTA_META_KEY"), _MARK)
+        return "sets the mark" if "NFTA_META_SREG" in values and key == _MARK else ""
     if name == "immediate":
-        verdict = dict(parse(dict(parse(values.get(2, b""))).get(2, b"")))
-        queued = number(verdict.get(1)) & 0xFF == _NF_QUEUE and number(verdict.get(1)) < 1 << 31
-        return "queues to user space" if queued else ""
+        value = named(_Data, values.get("NFTA_IMMEDIATE_DATA", b""))
+        verdict = named(_Data.verdict, value.get("NFTA_DATA_VERDICT", b""))
+        code = number(verdict.get("NFTA_VERDICT_CODE"))
+        return "queues to user space" if code & 0xFF == _NF_QUEUE and code < 1 << 31 else ""
     if name == "target":
-        target = unpack_text(values.get(1))
+        target = text(values.get("NFTA_TARGET_NAME"))
         return "" if target in _HARMLESS_TARGETS else f"target {target or '?'}"
     return f"expression {name or '?'}"

@@ -46,9 +46,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from ipsec_aio.errors import CodecError
-
-from .nfnetlink import Attributes, be32, parse, text
+from .nfnetlink import Expression, data, expression, flags, nft, schema, verdict
 
 __all__ = [
     "CHAINS",
@@ -60,7 +58,6 @@ __all__ = [
     "TABLE",
     "Chain",
     "Rule",
-    "same",
 ]
 
 TABLE = "ipsec_aio"
@@ -69,89 +66,73 @@ INPUT_PRIORITY = 1 << 30
 FRAGMENTS_PRIORITY = -450
 HOOK_PREROUTING, HOOK_INPUT = 0, 1
 
-# nftables' user-space type numbers inet_proto (12) and inet_service (13), six bits each.
-SET_TYPE = 12 << 6 | 13
+SET_TYPE: int = nft.DATA_TYPE_INET_PROTOCOL << 6 | nft.DATA_TYPE_INET_SERVICE
+"""nftables' user-space number of inet_proto . inet_service, six bits each."""
 KEY_LENGTH = 8
 
-_VERDICT, _REG, _REG_SECOND = 0, 1, 9
-_MARK, _NFPROTO, _L4PROTO, _SECPATH = 3, 15, 16, 25
-_EQ, _NEQ = 0, 1
+# Attributes stand in the order in which the kernel dumps them.
+_REG, _REG_SECOND = nft.Regs.NFT_REG_1, nft.Regs.NFT_REG32_01
+_MARK, _SECPATH = nft.Meta.NFT_META_MARK, nft.Meta.NFT_META_SECPATH
+_NFPROTO, _L4PROTO = nft.Meta.NFT_META_NFPROTO, nft.Meta.NFT_META_L4PROTO
+_EQ, _NEQ = nft.Cmp.NFT_CMP_EQ, nft.Cmp.NFT_CMP_NEQ
 _NETWORK, _TRANSPORT, _INNER = 1, 2, 3
 _DROP, _ACCEPT = 0, 1
 _IPV4, _IPV6 = b"\x02", b"\x0a"
 _TCP = b"\x06"
-_NEXTHDR_FRAGMENT, _NEXTHDR_AUTH = b"\x2c", b"\x33"
+_NEXTHDR_FRAGMENT, _NEXTHDR_AUTH = 44, 51
 _NO, _YES = b"\0", b"\1"
 _RTN_UNICAST = struct.pack("=I", 1)
+_INBOUND, _OUTERMOST, _SPI = 0, 0, 6
+_FIB_DADDR, _FIB_ADDRTYPE = 2, 3
 
 
-def _expression(name: str, *data: tuple[int, bytes | Attributes]) -> tuple[int, Attributes]:
-    return 1, ((1, text(name)), (2, data))
+def _meta(key: int, register: int = _REG) -> Expression:
+    return expression("meta", key=key, dreg=register)
 
 
-def _meta(key: int, register: int = _REG) -> tuple[int, Attributes]:
-    return _expression("meta", (2, be32(key)), (1, be32(register)))
+def _set_mark() -> Expression:
+    return expression("meta", key=_MARK, sreg=_REG)
 
 
-def _set_mark() -> tuple[int, Attributes]:
-    return _expression("meta", (2, be32(_MARK)), (3, be32(_REG)))
+def _compare(operator: int, value: bytes) -> Expression:
+    return expression("cmp", sreg=_REG, op=operator, data=data(value))
 
 
-def _compare(operator: int, value: bytes) -> tuple[int, Attributes]:
-    return _expression("cmp", (1, be32(_REG)), (2, be32(operator)), (3, ((1, value),)))
+def _payload(base: int, offset: int, length: int, register: int = _REG) -> Expression:
+    return expression("payload", dreg=register, base=base, offset=offset, len=length)
 
 
-def _payload(base: int, offset: int, length: int, register: int = _REG) -> tuple[int, Attributes]:
-    return _expression(
-        "payload", (1, be32(register)), (2, be32(base)), (3, be32(offset)), (4, be32(length))
+def _and(mask: bytes) -> Expression:
+    length = len(mask)
+    return expression(
+        "bitwise", sreg=_REG, dreg=_REG, len=length, op=0, mask=data(mask), xor=data(bytes(length))
     )
 
 
-def _and(mask: bytes) -> tuple[int, Attributes]:
-    return _expression(
-        "bitwise",
-        (1, be32(_REG)),
-        (2, be32(_REG)),
-        (3, be32(len(mask))),
-        (6, be32(0)),
-        (4, ((1, mask),)),
-        (5, ((1, bytes(len(mask))),)),
-    )
-
-
-def _header_exists(kind: bytes) -> tuple[tuple[int, Attributes], ...]:
+def _header_exists(kind: int) -> tuple[Expression, ...]:
+    present = flags(schema("exthdr").exthdr_flags, 1)
     return (
-        _expression(
-            "exthdr",
-            (1, be32(_REG)),
-            (2, kind),
-            (3, be32(0)),
-            (4, be32(1)),
-            (5, be32(1)),
-            (6, be32(0)),
-        ),
+        expression("exthdr", dreg=_REG, type=kind, offset=0, len=1, flags=present, op=0),
         _compare(_EQ, _YES),
     )
 
 
-def _verdict(code: int) -> tuple[int, Attributes]:
-    return _expression("immediate", (1, be32(_VERDICT)), (2, ((2, ((1, be32(code)),)),)))
+def _lookup_misses() -> Expression:
+    return expression("lookup", set=PORTS, sreg=_REG, flags=flags(schema("lookup").lookup_flags, 1))
 
 
-def _lookup_misses() -> tuple[int, Attributes]:
-    return _expression("lookup", (1, text(PORTS)), (2, be32(_REG)), (5, be32(1)))
+def _socket(key: int) -> Expression:
+    return expression("socket", key=key, dreg=_REG)
 
 
-def _socket(key: int) -> tuple[int, Attributes]:
-    return _expression("socket", (1, be32(key)), (2, be32(_REG)))
+def _daddr_type() -> Expression:
+    kind = schema("fib")
+    result, of = flags(kind.fib_result, _FIB_ADDRTYPE), flags(kind.fib_flags, _FIB_DADDR)
+    return expression("fib", dreg=_REG, result=result, flags=of)
 
 
-def _daddr_type() -> tuple[int, Attributes]:
-    return _expression("fib", (1, be32(_REG)), (2, be32(3)), (3, be32(2)))
-
-
-def _inbound_spi() -> tuple[int, Attributes]:
-    return _expression("xfrm", (2, be32(6)), (3, _NO), (4, be32(0)), (1, be32(_REG)))
+def _inbound_spi() -> Expression:
+    return expression("xfrm", dreg=_REG, key=_SPI, dir=_INBOUND, spnum=_OUTERMOST)
 
 
 class Rule(NamedTuple):
@@ -159,7 +140,7 @@ class Rule(NamedTuple):
 
     purpose: str
     module: str
-    expressions: Attributes
+    expressions: tuple[Expression, ...]
 
 
 class Chain(NamedTuple):
@@ -178,7 +159,7 @@ _CLEAR_SEGMENT = (
     _meta(_SECPATH),
     _compare(_EQ, _NO),
 )
-_CLEAR_MARK = (_expression("immediate", (1, be32(_REG)), (2, ((1, bytes(4)),))), _set_mark())
+_CLEAR_MARK = (expression("immediate", dreg=_REG, data=data(bytes(4))), _set_mark())
 _PROTECTED = (_meta(_SECPATH), _compare(_EQ, _YES))
 _IS_IPV6 = (_meta(_NFPROTO), _compare(_EQ, _IPV6))
 
@@ -190,7 +171,7 @@ INPUT = Chain(
         Rule(
             "leave what AH is still to check",
             "nf_tables",
-            (*_IS_IPV6, *_header_exists(_NEXTHDR_AUTH), _verdict(_ACCEPT)),
+            (*_IS_IPV6, *_header_exists(_NEXTHDR_AUTH), verdict(_ACCEPT)),
         ),
         Rule(
             "leave ports that are not served",
@@ -199,7 +180,7 @@ INPUT = Chain(
                 _meta(_L4PROTO),
                 _payload(_TRANSPORT, 2, 2, _REG_SECOND),
                 _lookup_misses(),
-                _verdict(_ACCEPT),
+                verdict(_ACCEPT),
             ),
         ),
         Rule(
@@ -209,7 +190,7 @@ INPUT = Chain(
                 *_CLEAR_SEGMENT,
                 _socket(_SOCKET_MARK),
                 _compare(_NEQ, bytes(4)),
-                _verdict(_DROP),
+                verdict(_DROP),
             ),
         ),
         Rule(
@@ -220,7 +201,7 @@ INPUT = Chain(
                 _socket(_SOCKET_MARK),
                 _compare(_EQ, bytes(4)),
                 *_CLEAR_MARK,
-                _verdict(_ACCEPT),
+                verdict(_ACCEPT),
             ),
         ),
         Rule(
@@ -230,7 +211,7 @@ INPUT = Chain(
                 *_CLEAR_SEGMENT,
                 _socket(_SOCKET_TRANSPARENT),
                 _payload(_INNER, 0, 1),
-                _verdict(_DROP),
+                verdict(_DROP),
             ),
         ),
         Rule("clear the mark", "nf_tables", _CLEAR_MARK),
@@ -255,7 +236,7 @@ FRAGMENTS = Chain(
                 _compare(_NEQ, bytes(2)),
                 _daddr_type(),
                 _compare(_NEQ, _RTN_UNICAST),
-                _verdict(_DROP),
+                verdict(_DROP),
             ),
         ),
         Rule(
@@ -267,7 +248,7 @@ FRAGMENTS = Chain(
                 *_header_exists(_NEXTHDR_FRAGMENT),
                 _daddr_type(),
                 _compare(_NEQ, _RTN_UNICAST),
-                _verdict(_DROP),
+                verdict(_DROP),
             ),
         ),
         Rule(
@@ -279,32 +260,10 @@ FRAGMENTS = Chain(
                 *_header_exists(_NEXTHDR_FRAGMENT),
                 _payload(_NETWORK, 24, 1),
                 _compare(_EQ, b"\xff"),
-                _verdict(_DROP),
+                verdict(_DROP),
             ),
         ),
     ),
 )
 
 CHAINS = {chain.name: chain for chain in (INPUT, FRAGMENTS)}
-
-
-def same(meant: Attributes, found: bytes) -> bool:
-    """Say whether bytes from the kernel hold exactly the attributes that were meant.
-
-    Order within one level does not count, except that of equal types (expressions).
-    """
-    try:
-        values = parse(found)
-    except CodecError:
-        return False
-    if len(values) != len(meant):
-        return False
-    pairs = zip(
-        sorted(meant, key=lambda item: item[0]),
-        sorted(values, key=lambda item: item[0]),
-        strict=True,
-    )
-    return all(
-        kind == other and (same(value, data) if isinstance(value, tuple) else value == data)
-        for (kind, value), (other, data) in pairs
-    )

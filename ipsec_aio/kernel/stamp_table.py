@@ -5,12 +5,26 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable, CodecError
 
-from . import nfnetlink as nft
-from .nfnetlink import Attributes, Message, NftError, NftSocket, Request, be32, number, text
+from . import nfnetlink
+from .nfnetlink import (
+    Attributes,
+    Message,
+    NftError,
+    NftSocket,
+    Request,
+    cells,
+    data,
+    named,
+    nft,
+    number,
+    sent,
+    text,
+)
 from .stamp_foreign import LateTable, late_tables, own_table, writers
 from .stamp_rules import (
     CHAINS,
@@ -22,7 +36,6 @@ from .stamp_rules import (
     TABLE,
     Chain,
     Rule,
-    same,
 )
 
 __all__ = [
@@ -42,8 +55,15 @@ PROTOCOLS = {"tcp": 6, "udp": 17}
 _NAMES = {number: name for name, number in PROTOCOLS.items()}
 _ESP_IN_UDP = 4500
 
+_THIS_TABLE: Attributes = (("NFTA_TABLE_NAME", TABLE),)
+_THIS_SET: Attributes = (("NFTA_SET_ELEM_LIST_TABLE", TABLE), ("NFTA_SET_ELEM_LIST_SET", PORTS))
+_Elements = nft.nft_set_elem_list_msg
+
 _OWNER, _PERSIST = 0x2, 0x4
 _BASE_CHAIN = 0x1
+_ACCEPT = 1
+_ADD: int = nft.NLM_F_CREATE
+_CREATE: int = _ADD | nft.NLM_F_EXCL
 _ATTEMPTS = 20
 _PER_MESSAGE = 1000
 
@@ -128,23 +148,25 @@ def read(netlink: NftSocket) -> TableState:
                 return state
         except NftError as error:
             if error.errno not in (errno.EINTR, errno.ENOENT):
-                raise nft.failure(error.errno, "read the tables") from None
+                raise nfnetlink.failure(error.errno, "read the tables") from None
         except CodecError as error:
             raise BackendError(errno.EBADMSG, f"cannot read the tables: {error}") from None
     raise BackendError(errno.EAGAIN, "cannot read the tables: they change all the time")
 
 
 def _read(netlink: NftSocket) -> TableState:
-    chains = netlink.dump(nft.GETCHAIN, family=0)
+    chains = netlink.dump(nft.NFT_MSG_GETCHAIN, family=0)
     late = late_tables(chains)
     rules = [
         rule
         for table in late
-        for rule in netlink.dump(nft.GETRULE, ((1, text(table.name)),), family=table.family)
+        for rule in netlink.dump(
+            nft.NFT_MSG_GETRULE, [("NFTA_RULE_TABLE", table.name)], family=table.family
+        )
     ]
     found = writers(chains, rules, late)
     try:
-        table = netlink.get(nft.GETTABLE, ((1, text(TABLE)),))
+        table = netlink.get(nft.NFT_MSG_GETTABLE, _THIS_TABLE)
     except NftError as error:
         if error.errno != errno.ENOENT:
             raise
@@ -152,36 +174,40 @@ def _read(netlink: NftSocket) -> TableState:
     own = [chain for chain in chains if own_table(chain)]
     faults = list(_table_faults(table))
     faults += _chain_faults(own)
-    faults += _rule_faults(netlink.dump(nft.GETRULE, ((1, text(TABLE)),)), own)
-    sets = [item for item in netlink.dump(nft.GETSET, ((1, text(TABLE)),)) if own_table(item)]
+    faults += _rule_faults(netlink.dump(nft.NFT_MSG_GETRULE, [("NFTA_RULE_TABLE", TABLE)]), own)
+    sets = [
+        item
+        for item in netlink.dump(nft.NFT_MSG_GETSET, [("NFTA_SET_TABLE", TABLE)])
+        if own_table(item)
+    ]
     ports: frozenset[Port] = frozenset()
     if wrong := _set_fault(sets):
         faults.append(wrong)
     else:
-        elements = netlink.dump(nft.GETSETELEM, ((1, text(TABLE)), (2, text(PORTS))))
+        elements = netlink.dump(nft.NFT_MSG_GETSETELEM, _THIS_SET)
         try:
             ports = frozenset(port for message in elements for port in ports_of(message))
         except CodecError as error:
             faults.append(str(error))
     return TableState(
         installed=True,
-        owner=number(table.attributes.get(7)),
+        owner=number(table.attributes.get("NFTA_TABLE_OWNER")),
         keeps_fragments=all(_name(chain) != FRAGMENTS.name for chain in own),
         ports=ports,
         faults=tuple(faults),
         late_writers=found,
         late=late,
-        comment=nft.unpack_text(table.attributes.get(6, b"")[2:]),
-        handle=number(table.attributes.get(4)),
+        comment=text(table.attributes.get("NFTA_TABLE_USERDATA", b"")[2:]),
+        handle=number(table.attributes.get("NFTA_TABLE_HANDLE")),
     )
 
 
 def _name(chain: Message) -> str:
-    return nft.unpack_text(chain.attributes.get(3))
+    return text(chain.attributes.get("NFTA_CHAIN_NAME"))
 
 
 def _table_faults(table: Message) -> Iterable[str]:
-    if number(table.attributes.get(2)) & ~(_OWNER | _PERSIST):
+    if number(table.attributes.get("NFTA_TABLE_FLAGS")) & ~(_OWNER | _PERSIST):
         yield "the table is dormant"
 
 
@@ -198,45 +224,47 @@ def _chain_faults(chains: list[Message]) -> Iterable[str]:
 
 
 def _is(found: Message, meant: Chain) -> bool:
-    attributes = found.attributes
-    return (
-        same(_hook(meant), attributes.get(4, b""))
-        and attributes.get(5) == be32(1)
-        and nft.unpack_text(attributes.get(7)) == "filter"
-        and number(attributes.get(10), _BASE_CHAIN) == _BASE_CHAIN
+    told, given = found.attributes, sent(_chain(meant))
+    return number(told.get("NFTA_CHAIN_FLAGS"), _BASE_CHAIN) == _BASE_CHAIN and all(
+        told.get(name) == given[name]
+        for name in ("NFTA_CHAIN_HOOK", "NFTA_CHAIN_POLICY", "NFTA_CHAIN_TYPE")
     )
-
-
-def _hook(chain: Chain) -> Attributes:
-    return (1, be32(chain.hook)), (2, be32(chain.priority))
 
 
 def _rule_faults(rules: list[Message], chains: list[Message]) -> Iterable[str]:
     for name in sorted({_name(chain) for chain in chains} & set(CHAINS)):
         meant = CHAINS[name].rules
-        found = [r for r in rules if nft.unpack_text(r.attributes.get(2)) == name]
+        found = [r for r in rules if text(r.attributes.get("NFTA_RULE_CHAIN")) == name]
         if len(found) != len(meant):
             yield f"chain {name} has {len(found)} rules, not {len(meant)}"
             continue
-        for rule, message in zip(meant, found, strict=True):
-            if not same(rule.expressions, message.attributes.get(4, b"")):
+        for rule, expressions, message in zip(meant, _expressions(name), found, strict=True):
+            if message.attributes.get("NFTA_RULE_EXPRESSIONS") != expressions:
                 yield f"chain {name}: the rule to {rule.purpose} was altered"
 
 
+@cache
+def _expressions(chain: str) -> list[bytes]:
+    meant = CHAINS[chain]
+    return [sent(_rule(meant, rule))["NFTA_RULE_EXPRESSIONS"] for rule in meant.rules]
+
+
 def _set_fault(sets: list[Message]) -> str:
-    if [nft.unpack_text(item.attributes.get(2)) for item in sets] != [PORTS]:
+    if [text(item.attributes.get("NFTA_SET_NAME")) for item in sets] != [PORTS]:
         return f"the set {PORTS} is missing, or there are others"
-    attributes = sets[0].attributes
-    plain = not number(attributes.get(3)) and number(attributes.get(5)) == KEY_LENGTH
+    told = sets[0].attributes
+    plain = not number(told.get("NFTA_SET_FLAGS"))
+    plain = plain and number(told.get("NFTA_SET_KEY_LEN")) == KEY_LENGTH
     return "" if plain else f"the set {PORTS} has other flags or another key"
 
 
 def ports_of(message: Message) -> frozenset[Port]:
     """Return the ports in a message of set elements. Raises CodecError for any other element."""
     found: set[Port] = set()
-    for _, element in nft.parse(message.attributes.get(3, b"")):
-        values = dict(nft.parse(element))
-        key = dict(nft.parse(values.get(1, b""))).get(1, b"")
+    for element in cells(message.attributes.get("NFTA_SET_ELEM_LIST_ELEMENTS", b"")):
+        values = named(_Elements.set_elem, element)
+        holder = named(_Elements.set_elem.data_attributes, values.get("NFTA_SET_ELEM_KEY", b""))
+        key = holder.get("NFTA_DATA_VALUE", b"")
         if len(key) != KEY_LENGTH:
             raise CodecError(f"the set {PORTS} has an element that cannot be read")
         found.add(Port(key[0], int.from_bytes(key[4:6], "big")))
@@ -260,7 +288,7 @@ def install(
     Raises BackendDenied without privilege or where the table is another process's,
     BackendUnavailable where the kernel lacks a part, BackendError otherwise.
     """
-    requests = [Request(nft.DELTABLE, ((1, text(TABLE)),))] if replace else []
+    requests = [Request(nft.NFT_MSG_DELTABLE, _THIS_TABLE)] if replace else []
     requests += _whole(ports, owned, keep_fragments, comment)
     _commit(netlink, requests, "install the stamp")
 
@@ -282,51 +310,55 @@ def try_out(netlink: NftSocket, *, owned: bool) -> str:
 
 
 def _whole(ports: Iterable[Port], owned: bool, keep_fragments: bool, comment: str) -> list[Request]:
-    table: Attributes = ((1, text(TABLE)), (2, be32(_OWNER if owned else 0)))
+    table = [*_THIS_TABLE, ("NFTA_TABLE_FLAGS", _OWNER if owned else 0)]
     if comment:
-        # nftables keeps comments as user data of type 0, with their length.
-        value = text(comment)
-        table += ((6, bytes((0, len(value))) + value),)
+        table.append(("NFTA_TABLE_USERDATA", {"value": comment}))
     requests = [
-        Request(nft.NEWTABLE, table, nft.CREATE | nft.EXCL),
-        Request(nft.NEWSET, _SET, nft.CREATE | nft.EXCL),
-        *_elements(nft.NEWSETELEM, ports),
+        Request(nft.NFT_MSG_NEWTABLE, table, _CREATE),
+        Request(nft.NFT_MSG_NEWSET, _SET, _CREATE),
+        *_elements(nft.NFT_MSG_NEWSETELEM, ports),
     ]
     for chain in (INPUT,) if keep_fragments else (INPUT, FRAGMENTS):
-        requests.append(Request(nft.NEWCHAIN, _chain(chain), nft.CREATE | nft.EXCL))
+        requests.append(_chain(chain))
         requests += [_rule(chain, rule) for rule in chain.rules]
     return requests
 
 
 _SET: Attributes = (
-    (1, text(TABLE)),
-    (2, text(PORTS)),
-    (3, be32(0)),
-    (4, be32(SET_TYPE)),
-    (5, be32(KEY_LENGTH)),
-    (10, be32(1)),
+    ("NFTA_SET_TABLE", TABLE),
+    ("NFTA_SET_NAME", PORTS),
+    ("NFTA_SET_FLAGS", ()),
+    ("NFTA_SET_KEY_TYPE", SET_TYPE),
+    ("NFTA_SET_KEY_LEN", KEY_LENGTH),
+    ("NFTA_SET_ID", 1),
 )
 
 
-def _chain(chain: Chain) -> Attributes:
-    return (
-        (1, text(TABLE)),
-        (3, text(chain.name)),
-        (4, _hook(chain)),
-        (5, be32(1)),
-        (7, text("filter")),
+def _chain(chain: Chain) -> Request:
+    hook = [("NFTA_HOOK_HOOKNUM", chain.hook), ("NFTA_HOOK_PRIORITY", chain.priority)]
+    attributes: Attributes = (
+        ("NFTA_CHAIN_TABLE", TABLE),
+        ("NFTA_CHAIN_NAME", chain.name),
+        ("NFTA_CHAIN_HOOK", {"attrs": hook}),
+        ("NFTA_CHAIN_POLICY", _ACCEPT),
+        ("NFTA_CHAIN_TYPE", "filter"),
     )
+    return Request(nft.NFT_MSG_NEWCHAIN, attributes, _CREATE)
 
 
 def _rule(chain: Chain, rule: Rule) -> Request:
-    attributes: Attributes = ((1, text(TABLE)), (2, text(chain.name)), (4, rule.expressions))
-    return Request(nft.NEWRULE, attributes, nft.CREATE | nft.APPEND, rule.module)
+    attributes: Attributes = (
+        ("NFTA_RULE_TABLE", TABLE),
+        ("NFTA_RULE_CHAIN", chain.name),
+        ("NFTA_RULE_EXPRESSIONS", rule.expressions),
+    )
+    return Request(nft.NFT_MSG_NEWRULE, attributes, _ADD | nft.NLM_F_APPEND, rule.module)
 
 
 def remove(netlink: NftSocket) -> bool:
     """Take the table away; False where there was none. Raises as :func:`install`."""
     try:
-        _commit(netlink, [Request(nft.DELTABLE, ((1, text(TABLE)),))], "remove the stamp")
+        _commit(netlink, [Request(nft.NFT_MSG_DELTABLE, _THIS_TABLE)], "remove the stamp")
     except FileNotFoundError:
         return False
     return True
@@ -334,21 +366,21 @@ def remove(netlink: NftSocket) -> bool:
 
 def add_ports(netlink: NftSocket, ports: Iterable[Port]) -> None:
     """Have the stamp cover ports; those in the set already are left. Raises as :func:`install`."""
-    _commit(netlink, list(_elements(nft.NEWSETELEM, ports, nft.CREATE)), "add to the stamp's ports")
+    requests = _elements(nft.NFT_MSG_NEWSETELEM, ports, _ADD)
+    _commit(netlink, requests, "add to the stamp's ports")
 
 
 def remove_ports(netlink: NftSocket, ports: Iterable[Port]) -> None:
     """Take ports out of the set. Raises as :func:`install`; FileNotFoundError for one not in it."""
-    _commit(netlink, list(_elements(nft.DELSETELEM, ports)), "remove from the stamp's ports")
+    requests = _elements(nft.NFT_MSG_DELSETELEM, ports)
+    _commit(netlink, requests, "remove from the stamp's ports")
 
 
-def _elements(kind: int, ports: Iterable[Port], flags: int = 0) -> Iterable[Request]:
-    listed = sorted(set(ports))
-    for first in range(0, len(listed), _PER_MESSAGE):
-        elements: Attributes = tuple(
-            (1, ((1, ((1, port.key),)),)) for port in listed[first : first + _PER_MESSAGE]
-        )
-        yield Request(kind, ((1, text(TABLE)), (2, text(PORTS)), (3, elements)), flags)
+def _elements(kind: int, ports: Iterable[Port], flags: int = 0) -> list[Request]:
+    listed = [{"attrs": [("NFTA_SET_ELEM_KEY", data(port.key))]} for port in sorted(set(ports))]
+    parts = [listed[n : n + _PER_MESSAGE] for n in range(0, len(listed), _PER_MESSAGE)]
+    name = "NFTA_SET_ELEM_LIST_ELEMENTS"
+    return [Request(kind, (*_THIS_SET, (name, part)), flags) for part in parts]
 
 
 class _NotThereError(BackendError, FileNotFoundError):
@@ -374,12 +406,12 @@ def _explain(
             "serve, install it by `ipsec-aio stamp install` and open with stamp='use'",
         )
     if request is None:
-        return nft.failure(error.errno, what)
+        return nfnetlink.failure(error.errno, what)
     if request.label and error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
         return BackendUnavailable(
             error.errno, f"cannot {what}: this kernel lacks {request.label} (try modprobe)"
         )
-    if request.kind == nft.NEWTABLE and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+    if request.kind == nft.NFT_MSG_NEWTABLE and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
         return BackendUnavailable(
             error.errno,
             f"cannot {what}: this kernel has no tables with an owner (Linux 5.12); "
@@ -387,12 +419,12 @@ def _explain(
         )
     if error.errno == errno.ENOENT:
         return _NotThereError(errno.ENOENT, f"cannot {what}: there is none")
-    return nft.failure(error.errno, what)
+    return nfnetlink.failure(error.errno, what)
 
 
 def _owner(netlink: NftSocket) -> int:
     try:
-        table = netlink.get(nft.GETTABLE, ((1, text(TABLE)),))
+        table = netlink.get(nft.NFT_MSG_GETTABLE, _THIS_TABLE)
     except NftError:
         return 0
-    return number(table.attributes.get(7))
+    return number(table.attributes.get("NFTA_TABLE_OWNER"))

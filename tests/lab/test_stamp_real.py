@@ -17,8 +17,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from ipsec_aio.kernel import nfnetlink as nft
 from ipsec_aio.kernel import stamp_table
+from ipsec_aio.kernel.nfnetlink import NftError, NftSocket, Request, nft, number
 from ipsec_aio.kernel.stamp_sysctl import FwmarkAccept
 from ipsec_aio.kernel.stamp_table import Port
 
@@ -179,7 +179,7 @@ def hosts():
 @pytest.fixture
 def netlink(hosts):
     with inside("s"):
-        netlink = nft.NftSocket()
+        netlink = NftSocket()
     yield netlink
     stamp_table.remove(netlink)
     netlink.close()
@@ -412,12 +412,16 @@ def fwmark_accept(hosts):
 
 def forget(netlink, *numbers):
     """Delete some of the rules that look at sockets."""
-    table = (1, nft.text("ipsec_aio"))
-    rules = [r for r in netlink.dump(nft.GETRULE, (table,)) if b"socket\0" in r.attributes[4]]
+    inside = [("NFTA_RULE_TABLE", "ipsec_aio"), ("NFTA_RULE_CHAIN", "input")]
+    rules = [rule.attributes for rule in netlink.dump(nft.NFT_MSG_GETRULE, inside[:1])]
+    rules = [rule for rule in rules if b"socket\0" in rule["NFTA_RULE_EXPRESSIONS"]]
     assert len(rules) == 3
-    place = (table, (2, nft.text("input")))
+    handles = [number(rules[n]["NFTA_RULE_HANDLE"]) for n in numbers]
     netlink.commit(
-        [nft.Request(nft.DELRULE, (*place, (3, rules[n].attributes[3]))) for n in numbers]
+        [
+            Request(nft.NFT_MSG_DELRULE, (*inside, ("NFTA_RULE_HANDLE", handle)))
+            for handle in handles
+        ]
     )
 
 
@@ -572,6 +576,6 @@ def test_clear_connections_are_served_unstamped(stamp, fwmark_accept, client_pol
 def test_nothing_is_left(stamp):
     assert stamp_table.remove(stamp)
     assert not stamp_table.read(stamp).installed
-    with pytest.raises(nft.NftError) as caught:
-        stamp.get(nft.GETTABLE, ((1, nft.text("ipsec_aio")),))
+    with pytest.raises(NftError) as caught:
+        stamp.get(nft.NFT_MSG_GETTABLE, [("NFTA_TABLE_NAME", "ipsec_aio")])
     assert caught.value.errno == errno.ENOENT

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,19 @@ def test_facts_engine_and_wire_do_no_io(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] != "kernel"], ids=str)
 def test_only_kernel_imports_pyroute2(path: Path) -> None:
     assert not {name for name in imported(path) if name.partition(".")[0] == "pyroute2"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "loaded"),
+    [
+        ("ipsec_aio, ipsec_aio.__main__, ipsec_aio.cli.demo, ipsec_aio.testing.conformance", False),
+        ("ipsec_aio.backends.xfrm", True),
+    ],
+)
+def test_pyroute2_is_loaded_with_the_kernels_backend_only(modules: str, loaded: bool) -> None:
+    program = f"import sys, {modules}; print('pyroute2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.split() == [str(loaded).encode()]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,8 @@ import ipsec_aio.__main__
 from ipsec_aio.__main__ import main
 from ipsec_aio.cli import stamp as cli
 from ipsec_aio.errors import BackendDenied, BackendUnavailable
-from ipsec_aio.kernel import nfnetlink as nft
 from ipsec_aio.kernel import stamp_table
-from ipsec_aio.kernel.nfnetlink import NftSocket, Request, be32, text
+from ipsec_aio.kernel.nfnetlink import NftSocket, Request, nft
 from ipsec_aio.kernel.stamp_marks import MarkUsers
 from ipsec_aio.kernel.stamp_rules import INPUT, INPUT_PRIORITY
 from ipsec_aio.kernel.stamp_table import Port, TableState
@@ -101,8 +100,8 @@ def test_ports_are_added_and_fragments_changed(admin: NftSocket, capsys: Capture
 
 def test_install_repairs_a_broken_table(admin: NftSocket, capsys: Captured) -> None:
     assert main([*INSTALL, "udp/5000"]) == 0
-    place = ((1, text("ipsec_aio")), (2, text("input")))
-    admin.commit([Request(nft.DELRULE, place)])
+    place = [("NFTA_RULE_TABLE", "ipsec_aio"), ("NFTA_RULE_CHAIN", "input")]
+    admin.commit([Request(nft.NFT_MSG_DELRULE, place)])
     assert main(["stamp", "status"]) == 1
     out = capsys.readouterr().out
     assert "installed, NOT verified" in out
@@ -127,14 +126,24 @@ def test_a_table_that_a_process_owns_is_left(admin: NftSocket, capsys: Captured)
 
 
 def late_writer(netlink: NftSocket) -> None:
-    place = ((1, be32(1)), (2, be32(INPUT_PRIORITY)))
-    chain = ((1, text("late")), (3, text("last")), (4, place), (7, text("filter")))
-    rule = ((1, text("late")), (2, text("last")), (4, INPUT.rules[-2].expressions))
+    place = [("NFTA_HOOK_HOOKNUM", 1), ("NFTA_HOOK_PRIORITY", INPUT_PRIORITY)]
+    chain = [
+        ("NFTA_CHAIN_TABLE", "late"),
+        ("NFTA_CHAIN_NAME", "last"),
+        ("NFTA_CHAIN_HOOK", {"attrs": place}),
+        ("NFTA_CHAIN_TYPE", "filter"),
+    ]
+    rule = [
+        ("NFTA_RULE_TABLE", "late"),
+        ("NFTA_RULE_CHAIN", "last"),
+        ("NFTA_RULE_EXPRESSIONS", INPUT.rules[-2].expressions),
+    ]
+    create = nft.NLM_F_CREATE
     netlink.commit(
         [
-            Request(nft.NEWTABLE, ((1, text("late")),), nft.CREATE),
-            Request(nft.NEWCHAIN, chain, nft.CREATE),
-            Request(nft.NEWRULE, rule, nft.CREATE),
+            Request(nft.NFT_MSG_NEWTABLE, [("NFTA_TABLE_NAME", "late")], create),
+            Request(nft.NFT_MSG_NEWCHAIN, chain, create),
+            Request(nft.NFT_MSG_NEWRULE, rule, create),
         ]
     )
 

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from ipsec_aio.kernel import nfnetlink as nft
-from ipsec_aio.kernel.nfnetlink import Attributes, Message, be32, encode, parse, text
+from ipsec_aio.kernel.nfnetlink import (
+    Attributes,
+    Expression,
+    Message,
+    Request,
+    data,
+    expression,
+    nft,
+    sent,
+    verdict,
+)
 from ipsec_aio.kernel.stamp_foreign import LateTable, is_late, late_tables, own_table, writers
 from ipsec_aio.kernel.stamp_rules import CHAINS, INPUT_PRIORITY
 
 INET, IP, NETDEV = 1, 2, 5
 LATE = LateTable(INET, "t")
+MARK = 3
 
 
-def message(kind: int, attributes: Attributes, family: int = INET) -> Message:
-    return Message(kind, family, 7, dict(parse(encode(attributes))))
+def message(kind: int, table: str, attributes: Attributes, family: int = INET) -> Message:
+    return Message(kind, family, 7, table, sent(Request(kind, attributes)))
 
 
 def chain(
@@ -24,21 +34,33 @@ def chain(
     table: str = "t",
     family: int = INET,
 ) -> Message:
-    attributes: Attributes = ((1, text(table)), (3, text(name)))
+    attributes: list[tuple[str, object]] = [("NFTA_CHAIN_NAME", name)]
     if hook is not None:
-        attributes += ((4, ((1, be32(hook)), (2, be32(priority)))),)
-    return message(nft.NEWCHAIN, attributes, family)
+        place = [("NFTA_HOOK_HOOKNUM", hook), ("NFTA_HOOK_PRIORITY", priority)]
+        attributes.append(("NFTA_CHAIN_HOOK", {"attrs": place}))
+    return message(nft.NFT_MSG_NEWCHAIN, table, attributes, family)
 
 
-def rule(*expressions: tuple[str, Attributes], name: str = "c") -> Message:
-    listed: Attributes = tuple((1, ((1, text(kind)), (2, data))) for kind, data in expressions)
-    return message(
-        nft.NEWRULE, ((1, text("t")), (2, text(name)), (3, (9).to_bytes(8, "big")), (4, listed))
-    )
+def rule(*expressions: Expression, name: str = "c") -> Message:
+    attributes = [
+        ("NFTA_RULE_CHAIN", name),
+        ("NFTA_RULE_HANDLE", 9),
+        ("NFTA_RULE_EXPRESSIONS", expressions),
+    ]
+    return message(nft.NFT_MSG_NEWRULE, "t", attributes)
 
 
-def verdict(code: int) -> Attributes:
-    return (1, be32(0)), (2, ((2, ((1, be32(code)),)),))
+def queue(number: int) -> Expression:
+    """A verdict of iptables' NFQUEUE."""
+    return verdict(3 | number << 16)
+
+
+def bare(name: str) -> Expression:
+    """An expression without data."""
+    return {"attrs": [("NFTA_EXPR_NAME", name)]}
+
+
+SETS = expression("meta", key=MARK, sreg=1)
 
 
 @pytest.mark.parametrize(
@@ -71,33 +93,34 @@ def test_our_own_table_is_of_family_inet() -> None:
 @pytest.mark.parametrize(
     ("expressions", "reason"),
     [
-        ([("meta", ((2, be32(3)), (3, be32(1))))], "sets the mark"),
-        ([("meta", ((3, be32(1)),))], "sets the mark"),
-        ([("meta", ((2, be32(3)), (1, be32(1))))], ""),
-        ([("meta", ((2, be32(2)), (3, be32(1))))], ""),
-        ([("counter", ()), ("meta", ((2, be32(3)), (3, be32(1))))], "sets the mark"),
-        ([("ct", ((2, be32(3)), (4, be32(1))))], ""),
-        ([("ct", ((2, be32(3)), (1, be32(1)))), ("meta", ((2, be32(3)), (3, be32(1))))], "sets"),
-        ([("immediate", verdict(0))], ""),
-        ([("immediate", verdict(1))], ""),
-        ([("immediate", verdict(-3))], ""),
-        ([("immediate", verdict(-5))], ""),
-        ([("immediate", verdict(3))], "queues to user space"),
-        ([("immediate", verdict(3 | 5 << 16))], "queues to user space"),
-        ([("immediate", ((1, be32(1)), (2, ((1, be32(5)),))))], ""),
-        ([("queue", ())], "expression queue"),
-        ([("target", ((1, text("MARK")),))], "target MARK"),
-        ([("target", ((1, text("CONNMARK")),))], "target CONNMARK"),
-        ([("target", ((1, text("TPROXY")),))], "target TPROXY"),
-        ([("target", ((1, text("NEWER")),))], "target NEWER"),
-        ([("target", ())], "target ?"),
-        ([("target", ((1, text("LOG")),))], ""),
-        ([("match", ((1, text("connmark")),))], ""),
-        ([("something_new", ())], "expression something_new"),
+        ([SETS], "sets the mark"),
+        ([expression("meta", sreg=1)], "sets the mark"),
+        ([expression("meta", key=MARK, dreg=1)], ""),
+        ([expression("meta", key=2, sreg=1)], ""),
+        ([bare("counter"), SETS], "sets the mark"),
+        ([expression("ct", key=MARK, sreg=1)], ""),
+        ([expression("ct", key=MARK, dreg=1), SETS], "sets"),
+        ([verdict(0)], ""),
+        ([verdict(1)], ""),
+        ([verdict(-3)], ""),
+        ([verdict(-5)], ""),
+        ([queue(0)], "queues to user space"),
+        ([queue(5)], "queues to user space"),
+        ([expression("immediate", dreg=1, data=data(bytes((0, 0, 0, 5))))], ""),
+        ([bare("queue")], "expression queue"),
+        ([expression("target", name="MARK")], "target MARK"),
+        ([expression("target", name="CONNMARK")], "target CONNMARK"),
+        ([expression("target", name="TPROXY")], "target TPROXY"),
+        ([expression("target", name="NEWER")], "target NEWER"),
+        ([bare("target")], "target ?"),
+        ([expression("target", name="LOG")], ""),
+        ([expression("match", name="connmark")], ""),
+        ([bare("something_new")], "expression something_new"),
+        ([{"attrs": []}], "expression ?"),
         ([], ""),
     ],
 )
-def test_what_writes_the_mark(expressions: list[tuple[str, Attributes]], reason: str) -> None:
+def test_what_writes_the_mark(expressions: list[Expression], reason: str) -> None:
     found = writers([chain()], [rule(*expressions)], frozenset([LATE]))
     assert len(found) == bool(reason)
     for text_ in found:
@@ -107,22 +130,21 @@ def test_what_writes_the_mark(expressions: list[tuple[str, Attributes]], reason:
 
 @pytest.mark.parametrize("body", [b"\x01", b"\x03\x00\x01\x00", b"\x40\x00\x01\x00"])
 def test_a_rule_that_cannot_be_read_counts_as_a_writer(body: bytes) -> None:
-    broken = Message(nft.NEWRULE, INET, 7, {1: text("t"), 2: text("c"), 4: body})
+    told = {"NFTA_RULE_CHAIN": b"c\0", "NFTA_RULE_EXPRESSIONS": body}
+    broken = Message(nft.NFT_MSG_NEWRULE, INET, 7, "t", told)
     assert "cannot be read" in writers([chain()], [broken], frozenset([LATE]))[0]
 
 
 def test_chains_that_can_be_jumped_to_count_and_other_hooks_do_not() -> None:
-    sets = ("meta", ((2, be32(3)), (3, be32(1))))
     chains = [chain(), chain("jumped", hook=None), chain("out", hook=3), chain("soon", priority=0)]
     late = late_tables(chains)
     for name, counts in (("c", True), ("jumped", True), ("out", False), ("soon", False)):
-        assert bool(writers(chains, [rule(sets, name=name)], late)) is counts
-    assert not writers([], [rule(sets)], frozenset())
+        assert bool(writers(chains, [rule(SETS, name=name)], late)) is counts
+    assert not writers([], [rule(SETS)], frozenset())
 
 
 def test_our_own_rules_would_be_seen() -> None:
     meant = next(
         rule for rule in CHAINS["input"].rules if rule.purpose == "clear the mark"
     ).expressions
-    found = message(nft.NEWRULE, ((1, text("t")), (2, text("c")), (4, meant)))
-    assert writers([chain()], [found], frozenset([LATE]))
+    assert writers([chain()], [rule(*meant)], frozenset([LATE]))

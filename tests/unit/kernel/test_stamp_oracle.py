@@ -1,7 +1,11 @@
-"""pyroute2, which shares no code with us, reads the stamp from the same kernel."""
+"""pyroute2 by itself: its socket and decoder read the stamp; why they do not carry it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 from pyroute2.nftables.main import NFTables
 
 from ipsec_aio.kernel import stamp_table
@@ -36,3 +40,26 @@ def test_another_reader_finds_the_table_that_was_meant(netns):
     assert priority > 300
     assert rules[-2:] == [["immediate", "meta"], ["meta", "cmp", "xfrm", "meta"]]
     assert sets == ["ports"]
+
+
+PROGRAM = """
+import asyncio, uvloop
+from pyroute2.netlink.nfnetlink.nftsocket import AsyncNFTSocket, NFTSocket
+async def main(): {use}
+with asyncio.Runner(loop_factory={loop}.new_event_loop) as runner: runner.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("use", "loop", "error"),
+    [
+        ("NFTSocket()", "asyncio", "event loop is already running"),
+        ("NFTSocket()", "uvloop", "event loop is already running"),
+        ("await AsyncNFTSocket().setup_endpoint()", "uvloop", "invalid family 16"),
+    ],
+)
+def test_its_sockets_still_do_not_run_in_every_loop(use: str, loop: str, error: str):
+    """Where this fails, docs/architecture.md is out of date."""
+    program = PROGRAM.format(use=use, loop=loop)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert error in done.stderr

@@ -15,15 +15,15 @@ import pytest
 from ipsec_aio.enums import Direction
 from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable, CodecError
 from ipsec_aio.flow import Mark, Selector
-from ipsec_aio.kernel import nfnetlink as nft
 from ipsec_aio.kernel import stamp_table
-from ipsec_aio.kernel.nfnetlink import Message, NftError, NftSocket, Request, encode, parse
+from ipsec_aio.kernel.nfnetlink import Message, NftError, NftSocket, Request, nft
 from ipsec_aio.kernel.stamp_marks import MarkUsers, mark_users, read_mark_users
 from ipsec_aio.kernel.stamp_rules import CHAINS, FRAGMENTS, INPUT
 from ipsec_aio.kernel.stamp_sysctl import FwmarkAccept
 from ipsec_aio.kernel.stamp_table import Port
 from ipsec_aio.policy import Policy
 from ipsec_aio.sa import IPPROTO_ESP, SA
+from ipsec_aio.wire.netlink import attribute
 
 Unprivileged = Callable[[Callable[[], object]], BaseException | None]
 
@@ -67,9 +67,10 @@ def test_the_table_is_not_installed_twice(netlink: NftSocket) -> None:
 
 
 def test_elements_that_cannot_be_read() -> None:
-    element = ((1, ((1, ((1, b"short"),)),)),)
+    elements = attribute(1, attribute(1, attribute(1, b"short")))
+    told = {"NFTA_SET_ELEM_LIST_ELEMENTS": elements}
     with pytest.raises(CodecError, match="element"):
-        stamp_table.ports_of(Message(nft.NEWSETELEM, 1, 1, dict(parse(encode(((3, element),))))))
+        stamp_table.ports_of(Message(nft.NFT_MSG_NEWSETELEM, 1, 1, "ipsec_aio", told))
 
 
 def test_a_set_with_elements_of_another_form_is_no_stamp(
@@ -157,7 +158,7 @@ def test_what_the_kernel_refuses_is_said_in_our_terms(
 
 def test_the_places_above_are_right() -> None:
     requests = stamp_table._whole((), True, False, "")
-    labels = [request.label for request in requests if request.kind == nft.NEWRULE]
+    labels = [request.label for request in requests if request.kind == nft.NFT_MSG_NEWRULE]
     assert labels == [rule.module for chain in CHAINS.values() for rule in chain.rules]
     assert requests[place("input", "stamp with the SPI")].label == "nft_xfrm"
 
@@ -206,9 +207,12 @@ def test_this_kernel_has_everything(netlink: NftSocket) -> None:
 
 def test_a_rule_that_the_kernel_cannot_know_is_named(netlink: NftSocket) -> None:
     stamp_table.install(netlink, owned=False)
-    unknown = ((1, ((1, b"no_such_thing\0"), (2, ()))),)
-    attributes = ((1, b"ipsec_aio\0"), (2, b"input\0"), (4, unknown))
-    request = Request(nft.NEWRULE, attributes, nft.CREATE, "nft_no_such_thing")
+    attributes = [
+        ("NFTA_RULE_TABLE", "ipsec_aio"),
+        ("NFTA_RULE_CHAIN", "input"),
+        ("NFTA_RULE_EXPRESSIONS", [{"attrs": [("NFTA_EXPR_NAME", "no_such_thing")]}]),
+    ]
+    request = Request(nft.NFT_MSG_NEWRULE, attributes, nft.NLM_F_CREATE, "nft_no_such_thing")
     with pytest.raises(BackendUnavailable, match="lacks nft_no_such_thing"):
         stamp_table._commit(netlink, [request], "try")
 
