@@ -25,11 +25,11 @@ from . import names
 from .algorithms import AEADS, AUTHENTICATORS, CIPHERS, NULL_AUTHENTICATOR, NULL_CIPHER
 from .enums import Assurance, Mode
 from .identity import AuthenticationMethod, IdentityKind, IdentityPattern, IToken
-from .protection import TUNNELS
+from .protection import TUNNELS, Group
 from .sa import IPPROTO_AH, IPPROTO_ESP
 
 if TYPE_CHECKING:
-    from .protection import Group
+    from .protection import Strength
     from .sa import Algorithm
     from .tokens import PToken
 
@@ -274,22 +274,24 @@ def _ask_assurance(ptoken: PToken, value: Assurance) -> bool | None:
     return None if assurance is Assurance.UNKNOWN else assurance >= value
 
 
-def _of_groups(ptoken: PToken, ask: Callable[[Group], bool | None]) -> bool | None:
+def _of_all(ptoken: PToken, ask: Callable[[Group | Strength], bool | None]) -> bool | None:
     protected = _protected(ptoken)
     if not protected:
         return protected
-    answers = {ask(group) for group in ptoken._now().protection.groups}
+    protection = ptoken._now().protection
+    candidates: list[Group | Strength] = [*protection.groups, *protection.others]
+    answers = {ask(each) for each in candidates}
     return answers.pop() if len(answers) == 1 else None
 
 
 def _ask_min_bits(ptoken: PToken, value: int) -> bool | None:
-    def ask(group: Group) -> bool | None:
+    def ask(group: Group | Strength) -> bool | None:
         bits = [
             _strength(a) for a in _used(group) if a.name not in (NULL_CIPHER, NULL_AUTHENTICATOR)
         ]
         return all_of(None if each is None else each >= value for each in bits) if bits else None
 
-    return _of_groups(ptoken, ask)
+    return _of_all(ptoken, ask)
 
 
 def _strength(algorithm: Algorithm) -> int | None:
@@ -298,27 +300,27 @@ def _strength(algorithm: Algorithm) -> int | None:
     return min(algorithm.strength_bits, _WORTH.get(algorithm.name, algorithm.strength_bits))
 
 
-def _used(group: Group) -> list[Algorithm]:
+def _used(group: Group | Strength) -> list[Algorithm]:
     return [a for a in (group.aead, group.encryption, group.authentication) if a is not None]
 
 
 def _ask_protocol(ptoken: PToken, value: int) -> bool | None:
-    return _of_groups(ptoken, lambda group: group.proto == value)
+    return _of_all(ptoken, lambda group: group.proto == value)
 
 
 def _ask_mode(ptoken: PToken, value: Mode) -> bool | None:
-    return _of_groups(ptoken, lambda group: group.mode == value)
+    return _of_all(ptoken, lambda group: group.mode == value)
 
 
 def _ask_algorithms(ptoken: PToken, value: tuple[str, ...]) -> bool | None:
-    return _of_groups(ptoken, lambda group: _all_known(group, lambda name: name in value))
+    return _of_all(ptoken, lambda group: _all_known(group, lambda name: name in value))
 
 
 def _ask_forbidden(ptoken: PToken, value: tuple[str, ...]) -> bool | None:
-    return _of_groups(ptoken, lambda group: _all_known(group, lambda name: name not in value))
+    return _of_all(ptoken, lambda group: _all_known(group, lambda name: name not in value))
 
 
-def _all_known(group: Group, fit: Callable[[str], bool]) -> bool | None:
+def _all_known(group: Group | Strength, fit: Callable[[str], bool]) -> bool | None:
     used = [algorithm.name for algorithm in _used(group)]
     answers = (fit(name) if name in _ALGORITHMS else None for name in used)
     return all_of(answers) if used else None
@@ -328,14 +330,16 @@ def _ask_end_to_end(ptoken: PToken, value: bool) -> bool | None:
     del value
     ends = ptoken._peer, ptoken._local
 
-    def ask(group: Group) -> bool | None:
-        if group.mode is Mode.TRANSPORT or (group.source, group.destination) == ends:
+    def ask(group: Group | Strength) -> bool | None:
+        if group.mode is Mode.TRANSPORT:
+            return True
+        if isinstance(group, Group) and (group.source, group.destination) == ends:
             return True
         # Whose the inner addresses are is not told: a host may have a virtual one.
         return None
 
     # A tunnel may be demanded of which no SA is known.
-    protected = _of_groups(ptoken, ask)
+    protected = _of_all(ptoken, ask)
     modes = {group.mode for group in ptoken._now().protection.groups}
     hidden = ptoken.tunnel_mode is not False and modes.isdisjoint(TUNNELS)
     return None if protected and hidden else protected

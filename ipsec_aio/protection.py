@@ -24,6 +24,7 @@ __all__ = [
     "UNKNOWN",
     "Group",
     "Protection",
+    "Strength",
     "Verdict",
     "both",
     "group_of",
@@ -37,6 +38,17 @@ TUNNELS: Final = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
 # These carry the whole inner packet, its IP options with it.
 _WHOLE: Final = (Mode.TUNNEL, Mode.IPTFS)
 _PROTO_NAMES = {IPPROTO_ESP: "esp", IPPROTO_AH: "ah", IPPROTO_COMP: "comp"}
+
+
+class Strength(NamedTuple):
+    """What SAs do, without what singles out one peer."""
+
+    proto: int
+    mode: Mode
+    aead: Algorithm | None
+    encryption: Algorithm | None
+    authentication: Algorithm | None
+    compression: Algorithm | None
 
 
 class Group(NamedTuple):
@@ -55,9 +67,9 @@ class Group(NamedTuple):
     destination: bytes
 
     @property
-    def strength(self) -> tuple[object, ...]:
+    def strength(self) -> Strength:
         """The group without what singles out one peer."""
-        return self[:6]
+        return Strength(*self[:6])
 
     def __str__(self) -> str:
         algorithms = "+".join(
@@ -71,7 +83,10 @@ class Group(NamedTuple):
 
 
 class Protection(NamedTuple):
-    """What was done for a packet, by which groups of SAs, under which policy."""
+    """What was done for a packet, by which groups of SAs, under which policy.
+
+    ``others`` are strengths of SAs of other addresses under which it may have come as well.
+    """
 
     privacy: bool | None
     integrity: bool | None
@@ -80,6 +95,7 @@ class Protection(NamedTuple):
     ipoptions: bool | None
     groups: tuple[Group, ...] = ()
     policy: str | None = None
+    others: tuple[Strength, ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -167,6 +183,7 @@ def both(one: Protection, other: Protection) -> Protection:
         _stronger(one.ipoptions, other.ipoptions),
         one.groups + other.groups,
         one.policy,
+        one.others + other.others,
     )
 
 
@@ -186,5 +203,6 @@ def weakest(protections: Iterable[Protection]) -> Protection:
                 # A fixed order, so that equal sets make equal channels.
                 tuple(sorted({*result.groups, *p.groups}, key=repr)),
                 result.policy if result.policy == p.policy else None,
+                tuple(sorted({*result.others, *p.others}, key=repr)),
             )
     return UNKNOWN if result is None else result

@@ -220,6 +220,12 @@ class PToken:
         return self._pending is not None
 
     @property
+    def channel(self) -> PToken:
+        """The channel's token, as :meth:`resolved` returns it, as far as it is known by now."""
+        self._now()
+        return self if self._channel is None else self._channel
+
+    @property
     def sas(self) -> tuple[SA, ...]:
         """The channel's living inbound SAs, oldest first. For diagnostics only."""
         verdict = self._now()
@@ -324,8 +330,7 @@ class PToken:
         self._now()
         if self._pending is not None:
             await self._resolver.wait(self, timeout)
-            self._now()
-        return self if self._channel is None else self._channel
+        return self.channel
 
     def __repr__(self) -> str:
         try:

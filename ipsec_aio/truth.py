@@ -198,7 +198,10 @@ class TruthTable:
         if records:
             # The channel's own are those with its addresses.
             own = weakest(_derived(r) for r in records if fits(r.sa, evidence))
-            protection = weakest(map(_derived, records))._replace(groups=own.groups)
+            every = weakest(map(_derived, records))
+            known = {group.strength for group in own.groups}
+            others = {group.strength for group in every.groups} - known
+            protection = every._replace(groups=own.groups, others=tuple(sorted(others, key=repr)))
         ports = _ports((r.sa.selector for r in records), evidence)
         return Finding(
             Verdict(Assurance.ENFORCED, protection._replace(compression=None), ports=ports),

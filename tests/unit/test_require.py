@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from requirements import MEMBER, MOON, NOBODY, PRINTED, SUN, TOKENS, UNTOLD, by, requirements, token
-from sas import CBC, GMAC, SHA, ah, esp, null, protect, tunnel
+from sas import CBC, GMAC, OTHER, SHA, ah, esp, null, protect, tunnel
 from test_tokens import Bench, by_policy
 
 from ipsec_aio.enums import Assurance, Mode
@@ -124,6 +124,22 @@ def test_a_tunnel_of_which_no_sa_is_known_is_no_end():
     assert ptoken.assurance is Assurance.POLICY
     assert ptoken.protected
     assert Require(end_to_end=True).decide(ptoken) is None
+
+
+def test_under_a_socket_s_policy_all_count_that_may_have_come_by_it():
+    """The socket's policy asks for ESP; a source address tells nothing of who used which SA."""
+    strong, weak = esp(aead=Algorithm("rfc4106(gcm(aes))", 288, 128)), esp(0x1002, source=OTHER)
+    fields = {"generation": 0, "mark": None, "enforced": Template()}
+    assert Require(min_bits=256).decide(token(strong, **fields)) is True
+    ptoken = token(strong, weak, **fields)
+    assert ptoken.assurance is Assurance.ENFORCED
+    assert Require(min_bits=256).decide(ptoken) is None
+    assert Require(min_bits=128, protocol="esp", mode="transport").decide(ptoken) is True
+    # Those of other gateways may have carried it, too.
+    fields["enforced"] = Template(mode=Mode.TUNNEL)
+    near, far = esp(mode=Mode.TUNNEL), tunnel(0x1002, authentication=SHA, encryption=CBC)
+    assert Require(end_to_end=True).decide(token(near, **fields)) is True
+    assert Require(end_to_end=True).decide(token(near, far, **fields)) is None
 
 
 PROVED = AuthenticationMethod.PRESHAREDKEY

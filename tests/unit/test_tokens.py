@@ -45,6 +45,7 @@ PROPERTIES = (
     "tunnel_mode",
     "ipoptions_protected",
     "policy_name",
+    "channel",
     "local",
     "peer",
     "sa",
@@ -385,7 +386,7 @@ def test_a_pending_one_says_unknown_and_then_what_comes():
     assert token.protected
     assert bench.settled == [token]
     assert bench.resolve(0x1001) is token
-    assert drive(token.resolved()) is token
+    assert drive(token.resolved()) is token.channel is token
 
 
 def test_one_of_a_known_channel_leads_to_its_token():
@@ -394,7 +395,7 @@ def test_one_of_a_known_channel_leads_to_its_token():
     bench.add(esp(2))
     assert pending.protected
     assert pending is not known
-    assert drive(pending.resolved()) is known
+    assert drive(pending.resolved()) is pending.channel is known
 
 
 def test_what_it_became_is_fixed():
