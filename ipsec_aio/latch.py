@@ -269,7 +269,8 @@ class Outlook:
     ``policies_out`` are those policies of which any may be the kernel's first choice for it;
     ``blocked_in`` and ``blocked_out``: there is none, and the default action is to block.
     ``sure`` is False while the tables are being read again, ``opaque`` True where interfaces
-    (xfrm, vti) may lead packets past a socket's policy.
+    (xfrm, vti) may lead packets past a socket's policy. ``settled_in`` is how many seconds it
+    takes at most until no identity is awaited any more.
     """
 
     inbound: tuple[Sighting, ...] = ()
@@ -280,6 +281,7 @@ class Outlook:
     blocked_out: bool = False
     sure: bool = True
     opaque: bool = False
+    settled_in: float = 0.0
 
 
 class Channel(NamedTuple):

@@ -13,7 +13,7 @@ Rules:
 * An outgoing connection carries no stamp: POLICY at most.
 * Addresses come from the socket alone.
 * Tokens that were handed out stay as they are; ``get_extra_info("ptoken")`` and
-  ``current_ptoken()`` give the new one.
+  ``current_ptoken()`` give the new one, and protocols of ours are told.
 * A backend that is closed under a connection makes it UNKNOWN; nothing raises.
 """
 
@@ -23,8 +23,9 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
-from weakref import WeakMethod, WeakSet, WeakValueDictionary
+from weakref import WeakMethod, WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError
@@ -33,7 +34,9 @@ from ipsec_aio.flow import pack_address
 
 from . import registry
 from .context import TokenCell
+from .forward import user_of
 from .listening import Listener, run_soon, unfitness
+from .protocols import takes_token
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend
@@ -52,7 +55,16 @@ class Connection(TokenCell):
     keeps its listener's port registered until it is closed or nobody holds it any more.
     """
 
-    __slots__ = ("_ceiling", "_judge", "_listener", "_listeners", "evidence", "extra")
+    __slots__ = (
+        "_ceiling",
+        "_context",
+        "_judge",
+        "_listener",
+        "_listeners",
+        "_transport",
+        "evidence",
+        "extra",
+    )
 
     def __init__(self, judge: Judge, listeners: Mapping[int, Listener] | None) -> None:
         super().__init__()
@@ -60,6 +72,8 @@ class Connection(TokenCell):
         self._listeners = listeners
         self._listener: Listener | None = None
         self._ceiling = Assurance.UNKNOWN
+        self._transport: Callable[[], asyncio.BaseTransport | None] = _nothing
+        self._context: Context | None = None
         self.evidence = _nowhere("not connected yet")
         self.extra: MutableMapping[str, Any] | None = None
         """A transport's own extra information, where ``"ptoken"`` is looked up."""
@@ -110,6 +124,39 @@ class Connection(TokenCell):
             doubt=doubt,
         )
 
+    def carried_by(self, transport: asyncio.BaseTransport, context: Context) -> None:
+        """Note the loop's transport, and the context that callbacks belong in."""
+        try:
+            # Weak, because a cycle would keep the transport from going at once.
+            self._transport = ref(transport)
+        except TypeError:
+            # uvloop's TLS transports.
+            self._transport = lambda: transport
+        self._context = context
+
+    def tell(self, callback: str, *arguments: object) -> None:
+        """Call a method of the user's protocol if that is one of ours and not closing."""
+        transport, context = self._transport(), self._context
+        if transport is None or context is None or transport.is_closing():
+            return
+        protocol = user_of(transport)
+        if not takes_token(protocol):
+            return
+        try:
+            # A copy can be entered from inside the context itself.
+            context.copy().run(getattr(protocol, callback), *arguments)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._judge.report(
+                {
+                    "message": f"Fatal error: protocol.{callback}() call failed.",
+                    "exception": error,
+                    "transport": transport,
+                    "protocol": protocol,
+                }
+            )
+
     def close(self) -> None:
         """The connection is gone. Idempotent."""
         listener, self._listener = self._listener, None
@@ -133,9 +180,11 @@ class Connection(TokenCell):
         self._replace(self._judge.resolve(self.evidence))
 
     def _replace(self, token: PToken) -> None:
-        self.ptoken = token
+        old, self.ptoken = self.ptoken, token
         if self.extra is not None:
             self.extra["ptoken"] = token
+        if token is not old:
+            self.tell("protection_changed", old, token)
 
 
 class Judge:
@@ -183,6 +232,10 @@ class Judge:
     def backend(self) -> Backend:
         """The backend."""
         return self._backend
+
+    def report(self, context: dict[str, Any]) -> None:
+        """Give what a callback has raised to the loop."""
+        self._loop.call_exception_handler(context)
 
     def drain(self) -> None:
         """Take in what the backend was told by now; never raises."""

@@ -17,13 +17,13 @@ import asyncio
 from collections.abc import Callable
 from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import ReferenceType, ref
 
 if TYPE_CHECKING:
     from .connection import Connection
 
-__all__ = ["Bond", "ForwardingTransport", "bond_of", "dress", "enter", "undress"]
+__all__ = ["Bond", "ForwardingTransport", "bond_of", "dress", "enter", "undress", "user_of"]
 
 
 class Bond(NamedTuple):
@@ -39,6 +39,7 @@ class Bond(NamedTuple):
 
 def dress(transport: asyncio.Transport, bond: Bond) -> asyncio.Transport:
     """Return the transport that the user gets for the loop's: the same where that will do."""
+    bond.connection.carried_by(transport, bond.context)
     own = getattr(transport, "__dict__", None)
     if own is None:
         return ForwardingTransport(transport, bond)
@@ -58,6 +59,16 @@ def dress(transport: asyncio.Transport, bond: Bond) -> asyncio.Transport:
 def undress(transport: asyncio.BaseTransport) -> asyncio.BaseTransport:
     """Return the loop's own transport."""
     return transport.raw if isinstance(transport, ForwardingTransport) else transport
+
+
+def user_of(transport: asyncio.BaseTransport) -> asyncio.BaseProtocol | None:
+    """Return the user's protocol of a loop's transport; None when the connection is over."""
+    try:
+        protocol = cast("asyncio.BaseProtocol | None", transport.get_protocol())
+    except AttributeError:
+        # So asyncio's TLS transports tell that they were closed.
+        return None
+    return protocol.protocol if isinstance(protocol, _Entering) else protocol
 
 
 def bond_of(transport: asyncio.BaseTransport) -> Bond | None:

@@ -8,7 +8,11 @@ Rules:
 * At run time they are asyncio's own protocol classes, because loops choose how to read by
   ``isinstance``. To type checkers they are not: another required parameter would make each
   override, in every user's subclass too, an error.
-* When and in which order callbacks are called is asyncio's grammar, unchanged.
+* When and in which order asyncio's callbacks are called is its own grammar, unchanged. What is
+  added (``protection_changed``, ``latch_broken``, ``latch_restored``, ``datagram_refused``) is
+  called by the loop between other callbacks, in the connection's context, never before
+  ``connection_made`` has returned, and never after the transport began to close. Whatever it
+  raises goes to the loop's exception handler and has no other consequence.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ipsec_aio.errors import ProtectionError
+    from ipsec_aio.latch import LatchReason
     from ipsec_aio.tokens import PToken
 
     from .datagram import DatagramTransport
@@ -65,8 +70,41 @@ class TokenProtocol(_Base):
         """Called when the write buffer has drained to the low-water mark. Pairs with the above."""
 
 
-class Protocol(TokenProtocol, _Stream):
-    """A stream protocol: ``connection_made data_received* eof_received? connection_lost``."""
+class _Watching(TokenProtocol):
+    """What streams are told when their protection changes."""
+
+    __slots__ = ()
+
+    def protection_changed(self, old: PToken, new: PToken) -> None:
+        """Called when another token had to take the place of the connection's.
+
+        What was read under ``old`` stays as good as it says; what is read from now on comes under
+        ``new``, which :func:`current_ptoken` and ``get_extra_info("ptoken")`` give already. An
+        equivalent rekey, or a pending token that was resolved, is no change.
+        """
+
+    def latch_broken(self, reason: LatchReason) -> None:
+        """Called when a latched connection's protection conflicts with what was latched.
+
+        Nothing was read under the conflict since it was noticed, and nothing is read from here on.
+        Under ``on_break="reset"``, or if ``reason`` is EVIDENCE, ``connection_lost`` is next.
+        Else ``latch_restored`` or ``connection_lost`` may follow, and ``pause_writing`` when
+        something is, or was, to be written.
+        """
+
+    def latch_restored(self) -> None:
+        """Called when all is again as it was latched. Pairs with the above.
+
+        Reading and writing go on right after it has returned.
+        """
+
+
+class Protocol(_Watching, _Stream):
+    """A stream protocol: ``connection_made data_received* eof_received? connection_lost``.
+
+    Between them, if the connection is not closing: ``(protection_changed | latch_broken
+    latch_restored)*``, and at the end perhaps a ``latch_broken`` that nothing restores.
+    """
 
     __slots__ = ()
 
@@ -80,10 +118,11 @@ class Protocol(TokenProtocol, _Stream):
         """Called when the peer writes no more. A true answer keeps our side open."""
 
 
-class BufferedProtocol(TokenProtocol, _Buffered):
+class BufferedProtocol(_Watching, _Buffered):
     """A stream protocol that brings its own buffers.
 
-    ``connection_made (get_buffer buffer_updated)* eof_received? connection_lost``
+    ``connection_made (get_buffer buffer_updated)* eof_received? connection_lost``, and between
+    them what :class:`Protocol` names.
     """
 
     __slots__ = ()
