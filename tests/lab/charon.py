@@ -2,9 +2,10 @@
 
     with Charon(bob) as ours, Charon(alice) as theirs:
         connect(ours, theirs)              # trap policies: the first packet starts IKE
-        theirs.swanctl("--initiate", "--child", "net")   # … or do not wait for one
+        theirs.initiate()                  # … or do not wait for one
 
-Each daemon has its configuration, its log and its VICI socket in a directory of its own.
+``load(conf({"connections": …, "secrets": …}))`` gives a daemon any other configuration. Each has
+its own, its log, its credentials and its VICI socket in a directory of its own.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hosts import PATIENCE, Host, run
 
 _PLUGINS = (
-    "random nonce aes sha1 sha2 hmac kdf pem pkcs1 x509 pubkey openssl gcm"
-    " kernel-netlink socket-default vici updown"
+    "random nonce aes md5 sha1 sha2 hmac kdf pem pkcs1 x509 revocation pubkey openssl gcm"
+    " kernel-netlink socket-default vici updown eap-identity eap-md5"
 )
 _DAEMON = """
 charon {{
     load = {plugins}
     install_routes = no
-    install_virtual_ip = no
+    install_virtual_ip_on = lo
     retransmit_timeout = 2
     filelog {{
         log {{
@@ -82,6 +85,20 @@ secrets {{
     }}
 }}
 """
+
+Settings = Mapping[str, "str | Sequence[str] | Settings"]
+
+
+def conf(settings: Settings, indent: str = "") -> str:
+    """Return sections and settings as text for strongSwan."""
+    lines = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            lines.append(f"{indent}{name} {{\n{conf(value, indent + '    ')}{indent}}}\n")
+        else:
+            text = value if isinstance(value, str) else ", ".join(value)
+            lines.append(f"{indent}{name} = {text}\n")
+    return "".join(lines)
 
 
 class Charon:
@@ -149,6 +166,13 @@ class Charon:
                     return
             time.sleep(0.05)
 
+    def kill(self) -> None:
+        """Let it die at once, with all that it knows; the kernel keeps SAs and policies."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()
@@ -161,29 +185,53 @@ class Charon:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def load(self, configuration: str) -> None:
-        """Load connections and secrets (swanctl.conf)."""
+        """Load connections, secrets and what was put into the directories (swanctl.conf)."""
+        (self.directory / "swanctl.conf").write_text(configuration)
+        self.reload()
+
+    def reload(self) -> None:
+        """Load the same again, after a restart."""
         path = self.directory / "swanctl.conf"
-        path.write_text(configuration)
         self.swanctl("--load-all", "--noprompt", "--file", str(path))
 
-    def swanctl(self, *words: str) -> str:
-        """Run swanctl on this daemon; returns what it prints, raises RuntimeError."""
-        with self.host:
-            command, *rest = words
-            conf = f"STRONGSWAN_CONF={self.directory / 'strongswan.conf'}"
-            return run("env", conf, "swanctl", command, "--uri", self.uri, *rest)
+    def put(self, directory: str, name: str, data: bytes) -> None:
+        """Put a file into one of swanctl's directories: ``x509``, ``x509ca``, ``private``, …"""
+        path = self.directory / directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
 
-    def initiate(self) -> None:
-        """Key the connection now."""
-        self.swanctl("--initiate", "--child", "net", "--timeout", str(int(PATIENCE)))
+    def swanctl(self, command: str, *words: str) -> str:
+        """Run swanctl on this daemon; returns what it prints, raises RuntimeError.
+
+        Any thread can, for it is in no namespace.
+        """
+        places = (
+            f"STRONGSWAN_CONF={self.directory / 'strongswan.conf'}",
+            f"SWANCTL_DIR={self.directory}",
+        )
+        return run("env", *places, "swanctl", command, "--uri", self.uri, *words)
+
+    def initiate(self, connection: str = "net") -> None:
+        """Key the connection now. Raises RuntimeError where that fails."""
+        words = ("--ike", connection, "--child", "net", "--timeout", str(int(PATIENCE)))
+        try:
+            self.swanctl("--initiate", *words)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{self.log[-2000:]}") from None
 
     def rekey(self) -> None:
         """Replace the child SAs by new ones; the old are deleted soon after."""
         self.swanctl("--rekey", "--child", "net")
 
-    def terminate(self) -> None:
+    def terminate(self, connection: str = "net") -> None:
         """Take everything down; the trap policies stay."""
-        self.swanctl("--terminate", "--ike", "net")
+        self.swanctl("--terminate", "--ike", connection)
+
+    def forget(self) -> None:
+        """Take down every IKE SA there is, whether the peer answers or not."""
+        for number in re.findall(r"^\S+: #(\d+)", self.swanctl("--list-sas"), re.MULTILINE):
+            with suppress(RuntimeError):  # it went by itself
+                self.swanctl("--terminate", "--ike-id", number, "--force", "--timeout", "3")
 
     def spis(self) -> list[int]:
         """The SPIs of the living SAs into this host, as swanctl says, newest first."""

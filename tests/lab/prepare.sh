@@ -113,15 +113,15 @@ prepare_lab() {
     else
         prepare_kernel
     fi
-    tools="strongswan-charon strongswan-swanctl libcharon-extauth-plugins
+    tools="strongswan-charon strongswan-swanctl libcharon-extra-plugins
         libstrongswan-standard-plugins nftables"
-    [ ! -e "$lab/have/tools" ] || return 0
+    [ "$(cat "$lab/have/tools" 2>/dev/null)" != "$tools" ] || return 0
     known strongswan-charon || update
     # shellcheck disable=SC2086
     packages=$(missing $tools)
     # shellcheck disable=SC2086
     unpack $packages
-    touch "$lab/have/tools"
+    echo "$tools" >"$lab/have/tools"
 }
 
 case ${1-} in
