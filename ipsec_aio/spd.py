@@ -124,6 +124,7 @@ class SPD:
         self._rank = count(1)
         self._marked = 0
         self._by_interface = 0
+        self._conditional = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -140,6 +141,11 @@ class SPD:
     def interface_inbound(self) -> bool:
         """Whether an inbound policy names an interface in its selector."""
         return self._by_interface > 0
+
+    @property
+    def conditional_outbound(self) -> bool:
+        """Whether an outbound policy looks at marks or names an interface."""
+        return self._conditional > 0
 
     def get(self, key: PolicyKey) -> Policy | None:
         """Return the policy with this key."""
@@ -244,6 +250,10 @@ class SPD:
         if policy.direction is Direction.IN:
             self._marked += step * bool(policy.mark.mask or policy.mark.value)
             self._by_interface += step * bool(policy.selector.ifindex)
+        elif policy.direction is Direction.OUT:
+            self._conditional += step * bool(
+                policy.mark.mask or policy.mark.value or policy.selector.ifindex
+            )
 
 
 def _collect(bucket: Iterable[_Entry], flow: Flow, best: list[_Entry]) -> None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from ..enforcement import Bundle
     from ..enums import Direction
+    from ..errors import ProtectionError
     from ..evidence import Evidence
+    from ..flow import Flow
     from ..tokens import PToken
 
 __all__ = ["Backend", "Registration"]
@@ -121,6 +123,14 @@ class Backend(ABC):
 
         Such a policy takes their place for its socket, so they are asked here: empty where they
         agree, else the reason, which goes into the evidence's ``doubt``. Never raises.
+        """
+
+    @abstractmethod
+    def sends_like(self, ptoken: PToken, flow: Flow) -> ProtectionError | None:
+        """Return None where an outbound flow would be protected as a token says of what came.
+
+        Else the error that says why not. ``flow.source`` is the local address. The answer may be
+        kept as long as :attr:`epoch` stays the same. Raises StaleTokenError after a fork.
         """
 
     @abstractmethod

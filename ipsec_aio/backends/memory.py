@@ -57,11 +57,12 @@ from .contract import Registration
 from .tables import TableBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Self
 
     from ipsec_aio.enforcement import Bundle
     from ipsec_aio.evidence import Evidence
+    from ipsec_aio.flow import Flow
     from ipsec_aio.identities import Answer
     from ipsec_aio.sad import Record
     from ipsec_aio.tokens import PToken
@@ -476,6 +477,30 @@ class MemoryBackend(TableBackend):
             joining = (sa for sa in self._sas.values() if _joins(sa, local, peer))
             applied = ((Template(proto=sa.proto, mode=sa.mode, reqid=sa.reqid),) for sa in joining)
             return tuple(dict.fromkeys((*found, *applied)))
+
+    def applied(self, flow: Flow) -> Iterable[Bundle]:
+        """Return the templates of the SAs declared for it; tunnels have to say ``"out"``."""
+        return [
+            (
+                Template(
+                    proto=sa.proto,
+                    mode=sa.mode,
+                    reqid=sa.reqid,
+                    source=sa.source,
+                    destination=sa.destination,
+                ),
+            )
+            for sa in self._sas.values()
+            if sa.proto in PROTECTING
+            and not sa.larval
+            and sa.direction is not Direction.IN
+            and sa.selector.matches(flow)
+            and (
+                sa.direction is Direction.OUT
+                if sa.mode in TUNNELS
+                else (sa.source, sa.destination) == (flow.source, flow.destination)
+            )
+        ]
 
     async def register(self, protocol: int, port: int) -> Registration:
         """Have the played stamp cover a local port; it covers every one."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ipsec_aio import enforcement
-from ipsec_aio.errors import BackendUnavailable
+from ipsec_aio import enforcement, outbound
+from ipsec_aio.errors import BackendUnavailable, ProtectionError
 from ipsec_aio.identities import UNIDENTIFIED
 from ipsec_aio.mirror import Mirror
 from ipsec_aio.tokens import PToken, Resolver
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ipsec_aio.enums import Direction
     from ipsec_aio.events import Event
     from ipsec_aio.evidence import Evidence
+    from ipsec_aio.flow import Flow
     from ipsec_aio.identities import Answer
     from ipsec_aio.sa import SAKey
     from ipsec_aio.sad import Record
@@ -209,6 +210,17 @@ class TableBackend(Backend):
         """Say why the policies would not have let in what a socket's own policy did."""
         with self.resolver.lock:
             return enforcement.objection(self.mirror, evidence, inbound)
+
+    def sends_like(self, ptoken: PToken, flow: Flow) -> ProtectionError | None:
+        """Return None where an outbound flow would be protected as a token says."""
+        with self.resolver.lock:
+            reason = outbound.objection(self.resolver, ptoken, flow, self.applied(flow))
+            return ProtectionError("ptoken", reason) if reason else None
+
+    def applied(self, flow: Flow) -> Iterable[Bundle]:
+        """Return what is applied to an outbound flow that no policy names."""
+        del flow
+        return ()
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Have ``callback()`` called on the running loop soon after the epoch changed."""
