@@ -20,7 +20,7 @@ import ipsec_aio
 PROJECT = Path(__file__).parents[2]
 EXAMPLES = sorted((PROJECT / "examples").glob("*.py"))
 BACKEND = f"memory:{PROJECT / 'examples/peers.toml'}"
-ALICE, MALLORY = "127.0.0.2", "127.0.0.3"
+ALICE, MALLORY, CAROL = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 
 
 class Example:
@@ -37,11 +37,15 @@ class Example:
         return self._process.stdout.readline()
 
     def ask(self, source: str) -> bytes:
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as client:
-            client.settimeout(10)
-            client.bind((source, 0))
-            client.sendto(b"hello", self.address)
+        with self.tell(source) as client:
             return client.recv(100)
+
+    def tell(self, source: str) -> closing[socket.socket]:
+        client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        client.settimeout(10)
+        client.bind((source, 0))
+        client.sendto(b"hello", self.address)
+        return closing(client)
 
     def call(self, source: str) -> bytes:
         with socket.create_connection(self.address, 10, (source, 0)) as client:
@@ -50,8 +54,8 @@ class Example:
 
 
 @contextmanager
-def running(name: str) -> Iterator[Example]:
-    words = ["--host", "127.0.0.1", "--port", "0", "--backend", BACKEND]
+def running(name: str, *given: str) -> Iterator[Example]:
+    words = [*given, "--host", "127.0.0.1", "--port", "0", "--backend", BACKEND]
     with subprocess.Popen(
         [sys.executable, "-W", "error", "-X", "dev", str(PROJECT / "examples" / name), *words],
         stdout=subprocess.PIPE,
@@ -94,9 +98,17 @@ def test_refuse_clear() -> None:
         assert "tcp from 127.0.0.2: served" in example.line()
         with pytest.raises(ConnectionResetError):
             example.call(MALLORY)
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as client:
-            client.bind((MALLORY, 0))
-            client.sendto(b"hello", example.address)
+        with example.tell(MALLORY):
+            assert "127.0.0.3: refused, encrypted: this is NONE (clear)" in example.line()
+
+
+def test_allow_list() -> None:
+    with running("04_allow_list.py", "*.example.org", "dora.example.net") as example:
+        assert example.ask(ALICE) == b"welcome, alice.example.org\n"
+        assert "127.0.0.2: served, alice.example.org" in example.line()
+        with example.tell(CAROL):
+            assert "127.0.0.4: refused, peer" in example.line()
+        with example.tell(MALLORY):
             assert "127.0.0.3: refused, encrypted: this is NONE (clear)" in example.line()
 
 
@@ -105,6 +117,7 @@ def test_examples_are_short_and_use_public_names_only() -> None:
         "01_udp_echo.py",
         "02_tcp_echo.py",
         "03_refuse_clear.py",
+        "04_allow_list.py",
     ]
     for path in EXAMPLES:
         text = path.read_text()
