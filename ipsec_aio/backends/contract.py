@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..errors import ProtectionError
     from ..evidence import Evidence
     from ..flow import Flow
+    from ..latch import Outlook
     from ..tokens import PToken
 
 __all__ = ["Backend", "Registration"]
@@ -123,6 +124,14 @@ class Backend(ABC):
 
         Such a policy takes their place for its socket, so they are asked here: empty where they
         agree, else the reason, which goes into the evidence's ``doubt``. Never raises.
+        """
+
+    @abstractmethod
+    def outlook(self, evidence: Evidence) -> Outlook:
+        """Return what may protect a connection from now on, by its addresses and ports.
+
+        For latches: look again when :attr:`epoch` has changed; every new SA changes it from the
+        first look on. Raises BackendUnavailable like :meth:`resolve`.
         """
 
     @abstractmethod

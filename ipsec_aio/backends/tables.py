@@ -14,6 +14,7 @@ from ipsec_aio import enforcement, outbound
 from ipsec_aio.errors import BackendUnavailable, ProtectionError
 from ipsec_aio.identities import UNIDENTIFIED
 from ipsec_aio.mirror import Mirror
+from ipsec_aio.outlook import survey
 from ipsec_aio.tokens import PToken, Resolver
 
 from .contract import Backend
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ipsec_aio.evidence import Evidence
     from ipsec_aio.flow import Flow
     from ipsec_aio.identities import Answer
+    from ipsec_aio.latch import Outlook
     from ipsec_aio.sa import SAKey
     from ipsec_aio.sad import Record
 
@@ -210,6 +212,12 @@ class TableBackend(Backend):
         """Say why the policies would not have let in what a socket's own policy did."""
         with self.resolver.lock:
             return enforcement.objection(self.mirror, evidence, inbound)
+
+    def outlook(self, evidence: Evidence) -> Outlook:
+        """Return what may protect a connection from now on, by its addresses and ports."""
+        self.check()
+        with self.resolver.lock:
+            return survey(self.resolver, evidence)
 
     def sends_like(self, ptoken: PToken, flow: Flow) -> ProtectionError | None:
         """Return None where an outbound flow would be protected as a token says."""
