@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from .enums import Direction, Mode, PolicyAction
 from .flow import Flow, Selector
@@ -27,8 +27,9 @@ from .sa import IPPROTO_ESP, SA
 if TYPE_CHECKING:
     from .evidence import Evidence
     from .mirror import Mirror
+    from .require import Demands
 
-__all__ = ["Bundle", "Demanding", "Plan", "common", "derive", "governing", "implies", "objection"]
+__all__ = ["Bundle", "Plan", "common", "derive", "governing", "implies", "objection"]
 
 Bundle: TypeAlias = tuple[Template, ...]
 """A policy's templates, in the kernel's order."""
@@ -36,19 +37,6 @@ Bundle: TypeAlias = tuple[Template, ...]
 _NAMES = {50: "ESP", 51: "AH", 108: "IPComp"}
 _ALL = 0xFFFFFFFF
 _FAMILIES = {4: 2, 16: 10}
-
-
-class Demanding(Protocol):
-    """What must hold under any way of meeting a requirement: :attr:`Require.demands`."""
-
-    @property
-    def encrypted(self) -> bool: ...
-    @property
-    def integrity(self) -> bool: ...
-    @property
-    def mode(self) -> Mode | None: ...
-    @property
-    def protocol(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +58,7 @@ class Plan:
 
 
 def derive(
-    demands: Demanding, inbound: Iterable[Bundle], outbound: Iterable[Bundle] = ()
+    demands: Demands, inbound: Iterable[Bundle], outbound: Iterable[Bundle] = ()
 ) -> Plan | str:
     """Return what the kernel can enforce, or the reason why it cannot.
 
@@ -87,6 +75,10 @@ def derive(
     if merged is None and fitting:
         found = ", ".join(sorted({_named(b) for b in fitting}))
         return f"the policies for this port differ ({found}), and a template names one of them"
+    leaving = [b for b in dict.fromkeys(outbound) if _fits(b, proto, mode)]
+    if merged is None:
+        # What goes out says of which kind the answers are.
+        merged = _bare(_merged(leaving))
     if merged is None:
         missing = [what for what, value in (("protocol", proto), ("mode", mode)) if value is None]
         if missing:
@@ -98,8 +90,7 @@ def derive(
         assert mode is not None  # noqa: S101
         merged = (Template(proto=proto, mode=mode),)
     loose = not all(_implies(merged, bundle) for bundle in known)
-    out = {b for b in outbound if _fits(b, proto, mode)}
-    return Plan(merged, out.pop() if len(out) == 1 else None, loose)
+    return Plan(merged, leaving[0] if len(leaving) == 1 else None, loose)
 
 
 def governing(
@@ -234,6 +225,10 @@ def _merged(bundles: list[Bundle]) -> Bundle | None:
     for bundle in bundles[1:]:
         merged = tuple(_either(*pair) for pair in zip(merged, bundle, strict=True))
     return merged
+
+
+def _bare(bundle: Bundle | None) -> Bundle | None:
+    return bundle and tuple(Template(proto=t.proto, mode=t.mode) for t in _demanded(bundle))
 
 
 def _either(one: Template, other: Template) -> Template:

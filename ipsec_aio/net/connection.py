@@ -10,7 +10,9 @@ Rules:
 * Every other connection is inferred from the SPD, which also judges the segments to come: it is
   asked again whenever the backend's epoch moves. Its token may get weaker and recover, but never
   says more than the first one that said anything, since earlier bytes came under that.
-* An outgoing connection carries no stamp: POLICY at most.
+* An outgoing connection carries no stamp: POLICY at most, or ENFORCED where the kernel held it to
+  its requirement before it was connected.
+* A connection's own policy, inherited or set, stands in for the SPD: so the SPD is asked here, too.
 * Addresses come from the socket alone.
 * Tokens that were handed out stay as they are; ``get_extra_info("ptoken")`` and
   ``current_ptoken()`` give the new one, and protocols of ours are told.
@@ -24,8 +26,9 @@ import contextlib
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import Context
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakMethod, WeakSet, WeakValueDictionary, ref
+from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError
@@ -34,6 +37,7 @@ from ipsec_aio.flow import pack_address
 
 from . import registry
 from .context import TokenCell
+from .enforce import Where, weakly
 from .forward import user_of
 from .listening import Listener, run_soon, unfitness
 from .protocols import takes_token
@@ -41,6 +45,8 @@ from .protocols import takes_token
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend
     from ipsec_aio.tokens import PToken
+
+    from .enforce import Enforcement
 
 __all__ = ["Connection", "Judge"]
 
@@ -53,6 +59,7 @@ class Connection(TokenCell):
 
     ``listeners``, by port, are those of the server that accepts it; None for an outgoing one. It
     keeps its listener's port registered until it is closed or nobody holds it any more.
+    ``enforcement`` is an outgoing one's; an accepted one gets its listener's.
     """
 
     __slots__ = (
@@ -62,12 +69,19 @@ class Connection(TokenCell):
         "_listener",
         "_listeners",
         "_transport",
+        "enforcement",
         "evidence",
         "extra",
     )
 
-    def __init__(self, judge: Judge, listeners: Mapping[int, Listener] | None) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        listeners: Mapping[int, Listener] | None,
+        enforcement: Enforcement | None = None,
+    ) -> None:
         super().__init__()
+        self.enforcement = enforcement
         self._judge = judge
         self._listeners = listeners
         self._listener: Listener | None = None
@@ -101,8 +115,14 @@ class Connection(TokenCell):
                 registry.remember(sock, self)
         return token
 
+    @property
+    def enforced(self) -> str:
+        """``"kernel"`` or ``"user"``: where its requirement is enforced."""
+        return "user" if self.enforcement is None else self.enforcement.place
+
     def _read(self, sock: socket.socket, local: Any, peer: Any) -> Evidence:
         mark, generation, doubt = None, 0, ""
+        enforcement = self.enforcement
         if self._listeners is None:
             doubt = unfitness(sock, self._judge.backend)
         elif (listener := self._listeners.get(local[1])) is None:
@@ -113,7 +133,8 @@ class Connection(TokenCell):
             listener.hold()
             if generation and not doubt:
                 listener.stamped.add(self)
-        return Evidence(
+            enforcement = listener.enforcement_of(sock, pack_address(local[0]))
+        evidence = Evidence(
             IPPROTO_TCP,
             pack_address(local[0]),
             local[1],
@@ -122,7 +143,16 @@ class Connection(TokenCell):
             mark,
             generation,
             doubt=doubt,
+            enforced=None if enforcement is None else enforcement.template,
         )
+        if enforcement is None:
+            return evidence
+        if self._listeners is not None:
+            where = Where(evidence.local, evidence.local_port, evidence.peer, evidence.peer_port)
+            self.enforcement = enforcement.inherit(sock, where)
+        if self.enforcement is not None:
+            self.enforcement.changed = weakly(self._enforced_otherwise)
+        return evidence if doubt else replace(evidence, doubt=enforcement.objection(evidence))
 
     def carried_by(self, transport: asyncio.BaseTransport, context: Context) -> None:
         """Note the loop's transport, and the context that callbacks belong in."""
@@ -159,13 +189,19 @@ class Connection(TokenCell):
 
     def close(self) -> None:
         """The connection is gone. Idempotent."""
+        if self.enforcement is not None:
+            self.enforcement.close()
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.release()
 
     def infer(self) -> None:
         """Ask again, and take no answer that claims more than the first."""
-        token = self._judge.resolve(self.evidence)
+        evidence, enforcement = self.evidence, self.enforcement
+        if enforcement is not None:
+            evidence = self.evidence = replace(evidence, enforced=enforcement.template)
+            evidence = replace(evidence, doubt=enforcement.objection(evidence))
+        token = self._judge.resolve(evidence)
         if self._ceiling is Assurance.UNKNOWN:
             self._ceiling = token.assurance
         if token.assurance <= self._ceiling:
@@ -178,6 +214,12 @@ class Connection(TokenCell):
             e.protocol, e.local, e.local_port, e.peer, e.peer_port, doubt=reason
         )
         self._replace(self._judge.resolve(self.evidence))
+
+    def _enforced_otherwise(self) -> None:
+        if self.extra is not None:
+            self.extra["ipsec_enforced"] = self.enforced
+        if self in self._judge.inferred:
+            self.infer()
 
     def _replace(self, token: PToken) -> None:
         old, self.ptoken = self.ptoken, token
@@ -207,14 +249,7 @@ class Judge:
         self._when_closed = backend.resolve(_nowhere("the backend is closed"))
         self.inferred: WeakSet[Connection] = WeakSet()
         self.listeners: WeakSet[Listener] = WeakSet()
-        changed = WeakMethod(self._changed)
-
-        def call() -> None:
-            method = changed()
-            if method is not None:
-                method()
-
-        self._unsubscribe = backend.subscribe(call)
+        self._unsubscribe = backend.subscribe(weakly(self._changed))
 
     def __del__(self) -> None:
         run_soon(self._loop, self._unsubscribe)

@@ -131,6 +131,8 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         """Return information about the transport."""
         if name == "ptoken":
             return self._ptoken() if self._peer is not None else default
+        if name == "ipsec_enforced":
+            return self._witness.enforced
         return super().get_extra_info(name, default)
 
     def set_protocol(self, protocol: AnyProtocol) -> None:

@@ -4,7 +4,8 @@ Rules:
 
 * Arguments, their checks and the errors' texts are those of the loop's method. What is refused for
   its arguments is refused before anything is opened.
-* Where the local port is known, the backend covers it before bind; else right after.
+* Where the local port is known, the backend covers it before bind; else right after. The same goes
+  for the kernel's enforcement of the requirement, and nothing gets in between.
 * A failure or cancellation at any step closes what this call opened, and nothing else: a socket
   that was passed in stays the caller's.
 """
@@ -21,15 +22,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ipsec_aio.backends import resolve_backend
 from ipsec_aio.errors import BackendError
 from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
+from ipsec_aio.flow import pack_address
 from ipsec_aio.log import net_logger
 from ipsec_aio.require import Require
 
 from .datagram import DatagramTransport
+from .enforce import KERNEL, Where, check_options, enforcement_for
 from .protocols import TokenProtocol, check_protocol
 from .witness import Witness, runs_udp
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
+
+    from .enforce import Enforcement
 
 _P = TypeVar("_P", bound="asyncio.BaseProtocol | TokenProtocol")
 
@@ -51,18 +56,28 @@ async def create_datagram_endpoint(
     sock: socket.socket | None = None,
     backend: Backend | None = None,
     require: Require | None = None,
+    enforce: str = "auto",
+    deadline: float = 1.0,
 ) -> tuple[DatagramTransport, _P]:
     """Open a datagram endpoint on the running loop, as ``loop.create_datagram_endpoint`` does.
 
     Instances of :class:`DatagramProtocol` get each datagram with its token; other protocols get
     asyncio's plain calls. ``backend`` None takes the process default. Datagrams that do not meet
-    ``require`` are dropped in user space and counted in ``transport.ipsec_stats``.
+    ``require`` are dropped and counted in ``transport.ipsec_stats``; where only an identity or SA
+    is still awaited, that is after ``deadline`` seconds.
+
+    ``enforce="auto"`` has the kernel drop what it can before Python sees it, where that is
+    possible and safe, ``"kernel"`` fails where it is not, ``"user"`` never asks for it;
+    ``transport.get_extra_info("ipsec_enforced")`` says which it is (docs/enforcement.md).
 
     Raises what the loop's method raises, and BackendError where there is no backend, where it is
-    closed, or where it cannot cover the port as it was asked to.
+    closed, or where it cannot cover the port as it was asked to; ValueError for what ``enforce``
+    or ``deadline`` cannot be, and under ``enforce="kernel"``, with the reason, where the kernel
+    cannot enforce the requirement, BackendDenied without CAP_NET_ADMIN.
     """
     if require is not None and not isinstance(require, Require):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"require must be a Require, not {require!r}")
+    check_options(require, enforce, deadline)
     loop = asyncio.get_running_loop()
     if sock is not None:
         _check_given(
@@ -79,6 +94,7 @@ async def create_datagram_endpoint(
         chosen = await resolve_backend(backend)
         opened = _Opened(sock, owned=False)
         with opened:
+            opened.enforce(loop, chosen, require, enforce)
             await opened.cover(chosen)
             return await opened.start(loop, protocol_factory, chosen, require)
     _check_addresses(local_addr, remote_addr, family)
@@ -95,9 +111,10 @@ async def create_datagram_endpoint(
             continue
         opened = _Opened(own, owned=True)
         with opened:
+            opened.enforce(loop, chosen, require, enforce)
             try:
                 opened.configure(reuse_port=reuse_port, allow_broadcast=allow_broadcast)
-                await opened.bind(chosen, local)
+                await opened.bind(chosen, local, None if allow_broadcast else remote)
                 await opened.connect(loop, remote, allow_broadcast=allow_broadcast)
                 await opened.cover(chosen)
             except BackendError:
@@ -119,15 +136,45 @@ class _Opened:
         self._covered: int | None = None
         self._address: Any = None
         self._handed_over = False
+        self._enforcement: Enforcement | None = None
+        self._wish = ""
 
     def __enter__(self) -> None:
         pass
+
+    def enforce(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        backend: Backend,
+        require: Require | None,
+        wish: str,
+    ) -> None:
+        """Have the kernel enforce the requirement, from :meth:`bind` or :meth:`cover` on."""
+        self._wish = wish
+        if runs_udp(self._sock):
+            self._enforcement = enforcement_for(
+                loop, backend, require, wish, stamped=self._is_stamped
+            )
+        elif wish == KERNEL:
+            raise ValueError("the kernel enforces requirements on plain TCP and UDP sockets only")
+
+    def _is_stamped(self) -> bool:
+        return self._registration is not None and self._registration.generation > 0
+
+    def _begin(self, name: Any, peer: Any, *, early: bool) -> None:
+        if self._enforcement is not None:
+            where = Where(pack_address(name[0]), name[1])
+            if peer is not None:
+                where = where._replace(peer=pack_address(peer[0]), peer_port=peer[1])
+            self._enforcement.begin(self._sock, where, early=early)
 
     def __exit__(self, *_: object) -> None:
         if self._handed_over:
             return
         if self._registration is not None:
             self._registration.close()
+        if self._enforcement is not None:
+            self._enforcement.undo()
         if self._owned:
             self._sock.close()
 
@@ -146,13 +193,16 @@ class _Opened:
         if allow_broadcast:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
 
-    async def bind(self, backend: Backend, address: Any) -> None:
-        if address is None:
-            return
-        if runs_udp(self._sock) and 0 < address[1] < 65536:
+    async def bind(self, backend: Backend, address: Any, peer: Any) -> None:
+        """Bind, where there is an address, to be connected to ``peer``."""
+        if address is not None and runs_udp(self._sock) and 0 < address[1] < 65536:
             self._registration = await backend.register(IPPROTO_UDP, address[1])
             self._covered = self._registration.generation
-        self._sock.bind(address)
+            self._begin(address, peer, early=True)
+        elif self._enforcement is not None:
+            self._enforcement.shut(self._sock)
+        if address is not None:
+            self._sock.bind(address)
 
     async def connect(
         self, loop: asyncio.AbstractEventLoop, address: Any, *, allow_broadcast: bool | None
@@ -172,6 +222,9 @@ class _Opened:
             port = self._sock.getsockname()[1]
         if port:
             self._registration = await backend.register(IPPROTO_UDP, port)
+            self._begin(self._sock.getsockname(), _peer_of(self._sock), early=False)
+        elif self._wish == KERNEL:
+            raise ValueError("enforce='kernel' needs a socket that is bound")
 
     async def start(
         self,
@@ -184,7 +237,14 @@ class _Opened:
         check_protocol(protocol)
         if isinstance(protocol, TokenProtocol) and not hasattr(protocol, "datagram_received"):
             raise TypeError(f"{protocol!r} is a stream protocol: it has no datagram_received()")
-        witness = Witness(self._sock, backend, self._registration, require, covered=self._covered)
+        witness = Witness(
+            self._sock,
+            backend,
+            self._registration,
+            require,
+            covered=self._covered,
+            enforcement=self._enforcement,
+        )
         waiter: asyncio.Future[None] = loop.create_future()
         transport = DatagramTransport(
             loop, self._sock, protocol, witness, address=self._address, waiter=waiter
@@ -198,6 +258,13 @@ class _Opened:
             transport.close()
             raise
         return transport, protocol
+
+
+def _peer_of(sock: socket.socket) -> Any:
+    try:
+        return sock.getpeername()
+    except OSError:
+        return None
 
 
 def _check_given(sock: socket.socket, **options: Any) -> None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Bond", "ForwardingTransport", "bond_of", "dress", "enter", "undress", "user_of"]
 
 
+_TOLD = {"ptoken": "ptoken", "ipsec_enforced": "enforced"}
+"""What a connection tells as extra information."""
+
+
 class Bond(NamedTuple):
     """What a transport has to know: its connection, and the context that callbacks belong in.
 
@@ -50,6 +54,7 @@ def dress(transport: asyncio.Transport, bond: Bond) -> asyncio.Transport:
     extra = getattr(transport, "_extra", None)
     if isinstance(extra, dict):
         extra["ptoken"] = bond.connection.ptoken
+        extra["ipsec_enforced"] = bond.connection.enforced
         bond.connection.extra = extra
     else:
         own["get_extra_info"] = partial(_tell, itself, bond.connection)
@@ -90,8 +95,8 @@ def _tell(
     name: str,
     default: Any = None,
 ) -> Any:
-    if name == "ptoken":
-        return connection.ptoken
+    if name in _TOLD:
+        return getattr(connection, _TOLD[name])
     target = transport()
     return default if target is None else type(target).get_extra_info(target, name, default)
 
@@ -111,9 +116,11 @@ class ForwardingTransport(asyncio.Transport):
         self.writelines = raw.writelines  # type: ignore[method-assign]
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """As :meth:`asyncio.BaseTransport.get_extra_info`; knows ``"ptoken"`` too."""
-        if name == "ptoken":
-            return self._ipsec_bond.connection.ptoken
+        """As :meth:`asyncio.BaseTransport.get_extra_info`; knows ``"ptoken"`` and
+        ``"ipsec_enforced"`` too.
+        """
+        if name in _TOLD:
+            return getattr(self._ipsec_bond.connection, _TOLD[name])
         return self.raw.get_extra_info(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:

@@ -9,6 +9,7 @@ Rules:
 * It must be plain TCP (an MPTCP connection has subflows that nobody stamped), in the backend's
   network namespace, and decrypted fragments must not reach reassembly.
 * What is not met goes into the evidence's ``doubt``, by name.
+* A socket's own policy, set before it listened, holds for its connections: they inherit it.
 * The port stays registered as long as the server listens or a connection of its lives: the
   stamp's table also keeps clear segments off those connections.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
 
     from .connection import Connection
+    from .enforce import Enforcement
 
 __all__ = ["SETTLE", "Listener", "run_soon", "unfitness"]
 
@@ -74,6 +76,7 @@ class Listener:
         "__weakref__",
         "_closed",
         "_early",
+        "_enforcements",
         "_generation",
         "_holds",
         "_loop",
@@ -91,8 +94,11 @@ class Listener:
         backend: Backend,
         registration: Registration,
         sockets: Sequence[socket.socket],
+        enforcements: Sequence[tuple[int, bytes, Enforcement]] = (),
     ) -> None:
         self._loop = loop
+        # Of each socket that has one: its family and local address.
+        self._enforcements = enforcements
         self._registration = registration
         self._sockets = sockets
         self._unfit = next(filter(None, (unfitness(sock, backend) for sock in sockets)), "")
@@ -109,6 +115,20 @@ class Listener:
     def generation(self) -> int:
         """The stamp's generation at this moment; 0 for none."""
         return self._registration.generation
+
+    @property
+    def enforced(self) -> bool:
+        """Whether the kernel enforces the requirement on all its sockets."""
+        return len(self._enforcements) > 0 and all(
+            enforcement.place == "kernel" for _, _, enforcement in self._enforcements
+        )
+
+    def enforcement_of(self, sock: socket.socket, local: bytes) -> Enforcement | None:
+        """Return that of the socket which accepted a connection."""
+        for family, address, enforcement in self._enforcements:
+            if family == sock.family and (address == local or not any(address)):
+                return enforcement
+        return None
 
     def about_to_listen(self) -> None:
         """Note the generation that all handshakes will be of."""
@@ -146,6 +166,8 @@ class Listener:
             self._marked = self._is_marked()
             self._closed = True
             self._sockets = ()
+            for _, _, enforcement in self._enforcements:
+                enforcement.close()
             self._close_if_unused()
 
     def _doubt(self) -> str:

@@ -64,6 +64,8 @@ async def start_server(
     start_serving: bool = True,
     backend: Backend | None = None,
     require: Require | None = None,
+    enforce: str = "auto",
+    deadline: float = 1.0,
     latch: object = None,
     **options: Unpack[ServeOptions],
 ) -> Server:
@@ -89,6 +91,8 @@ async def start_server(
         start_serving=start_serving,
         backend=backend,
         require=require,
+        enforce=enforce,
+        deadline=deadline,
         latch=latch,
         **options,
     )
@@ -101,6 +105,8 @@ async def open_connection(
     limit: int = _LIMIT,
     backend: Backend | None = None,
     require: Require | None = None,
+    enforce: str = "auto",
+    deadline: float = 1.0,
     latch: object = None,
     **options: Unpack[ConnectOptions],
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -118,6 +124,8 @@ async def open_connection(
         port,
         backend=backend,
         require=require,
+        enforce=enforce,
+        deadline=deadline,
         latch=latch,
         **options,
     )

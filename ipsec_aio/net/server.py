@@ -31,6 +31,15 @@ class Server(asyncio.AbstractServer):
         return self._counters.snapshot()
 
     @property
+    def enforcement(self) -> str:
+        """``"kernel"`` where all its sockets refuse in the kernel what no template admits, else
+        ``"user"``.
+        """
+        listeners = self._listeners.values()
+        enforced = len(listeners) > 0 and all(listener.enforced for listener in listeners)
+        return "kernel" if enforced else "user"
+
+    @property
     def sockets(self) -> tuple[socket, ...]:
         """The listening sockets, as the loop shows them."""
         sockets: tuple[socket, ...] = self._server.sockets

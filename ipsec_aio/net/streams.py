@@ -6,7 +6,11 @@ Rules:
 * The loop makes the connection. A protocol of ours takes ``connection_made``, judges the
   connection, and hands over to the user's by ``set_protocol``. From then on the loop calls the
   user's protocol itself (:mod:`.forward` says where it cannot).
-* What does not meet ``require`` is reset before the user's protocol hears of it.
+* What does not meet ``require`` is reset before the user's protocol hears of it. Where only an
+  identity or SA is still awaited, nothing is read until it is known, for ``deadline`` seconds at
+  most; what the peer sends meanwhile stays in the kernel.
+* Where the kernel can enforce ``require``, it does from before listen or connect (:mod:`.enforce`).
+* An outgoing connection that has to be protected is not begun where no policy would protect it.
 * The port is covered by the stamp before the server listens (:mod:`.listening`).
 """
 
@@ -24,10 +28,15 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 from ipsec_aio.backends import resolve_backend
 from ipsec_aio.enums import Assurance
+from ipsec_aio.errors import IPsecError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_TCP
+from ipsec_aio.flow import pack_address
+from ipsec_aio.kernel.sockopts import is_listening
 
+from .connect import connect_protected
 from .connection import Connection, Judge
 from .context import current
+from .enforce import KERNEL, Where, check_options, enforcement_for
 from .forward import Bond, bond_of, dress, enter, undress
 from .listening import Listener
 from .protocols import TokenProtocol, takes_token
@@ -38,15 +47,27 @@ from .stats import Counters
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from ipsec_aio.backends.contract import Backend
-    from ipsec_aio.errors import ProtectionError
+    from ipsec_aio.backends.contract import Backend, Registration
     from ipsec_aio.require import Require
+    from ipsec_aio.tokens import PToken
+
+    from .enforce import Enforcement
 
     AnyProtocol = asyncio.BaseProtocol | TokenProtocol
     P = TypeVar("P", bound=AnyProtocol)
     T = TypeVar("T")
 
-__all__ = ["ConnectOptions", "ServeOptions", "create_connection", "create_server", "start_tls"]
+__all__ = [
+    "HELD_LIMIT",
+    "ConnectOptions",
+    "ServeOptions",
+    "create_connection",
+    "create_server",
+    "start_tls",
+]
+
+HELD_LIMIT = 1024
+"""How many connections of a server may wait to be identified; further ones are reset."""
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _RESET = struct.pack("ii", 1, 0)
@@ -92,6 +113,8 @@ async def create_server(
     start_serving: bool = True,
     backend: Backend | None = None,
     require: Require | None = None,
+    enforce: str = "auto",
+    deadline: float = 1.0,
     latch: object = None,
     **options: Unpack[ServeOptions],
 ) -> Server:
@@ -100,25 +123,33 @@ async def create_server(
     Instances of :class:`Protocol` and :class:`BufferedProtocol` get
     ``connection_made(transport, ptoken)``; others get asyncio's plain call. For all of them
     ``transport.get_extra_info("ptoken")`` is the PToken of the moment. Connections that do not
-    meet ``require`` are reset, and counted in ``server.ipsec_stats``. ``backend`` None takes the
-    process default.
+    meet ``require`` are reset, and counted in ``server.ipsec_stats``; where only an identity is
+    still awaited, that is after ``deadline`` seconds. ``backend`` None takes the process default.
+
+    ``enforce="auto"`` has the kernel refuse what it can before Python sees it, where that is
+    possible and safe, ``"kernel"`` fails where it is not, ``"user"`` never asks for it;
+    ``server.enforcement`` says which it is (docs/enforcement.md).
 
     Raises what the loop's method raises; NotImplementedError for ``latch``; BackendError where
-    there is no backend, where it is closed, or where it cannot cover the port as it was asked to.
+    there is no backend, where it is closed, or where it cannot cover the port as it was asked to;
+    ValueError for what ``enforce`` or ``deadline`` cannot be, and under ``enforce="kernel"``, with
+    the reason, where the kernel cannot enforce the requirement, BackendDenied without
+    CAP_NET_ADMIN.
     """
     _refuse_latch(latch)
+    check_options(require, enforce, deadline)
     loop = asyncio.get_running_loop()
     backend = await resolve_backend(backend)
     listeners: dict[int, Listener] = {}
     judge = Judge.of(loop, backend)
-    accepting = _Accepting(loop, judge, listeners, protocol_factory, require)
+    accepting = _Accepting(loop, judge, listeners, protocol_factory, require, deadline)
     made = await cast("Any", loop.create_server)(
         accepting, host, port, start_serving=False, **options
     )
     server = Server(made, listeners, accepting.counters)
     accepting.name = repr(server)
     try:
-        await _cover(loop, judge, listeners, server.sockets)
+        await _cover(loop, judge, listeners, server.sockets, require, enforce)
         if start_serving:
             await server.start_serving()
     except BaseException:
@@ -134,34 +165,65 @@ async def create_connection(
     *,
     backend: Backend | None = None,
     require: Require | None = None,
+    enforce: str = "auto",
+    deadline: float = 1.0,
     latch: object = None,
     **options: Unpack[ConnectOptions],
 ) -> tuple[asyncio.Transport, P]:
     """Connect to a TCP server on the running loop, as ``loop.create_connection`` does.
 
-    Protocols are called as under :func:`create_server`. The token is inferred from policies:
-    nothing that comes with an outgoing connection names its SA.
+    Protocols are called as under :func:`create_server`, and ``deadline`` is as there. Nothing
+    that comes with an outgoing connection names its SA: the token is inferred from policies, or
+    known by what the kernel enforces.
 
-    Raises what the loop's method raises; ProtectionError where the connection does not meet
-    ``require``, after resetting it; NotImplementedError for ``latch``; BackendError where there is
-    no backend, or where it is closed.
+    Where ``require`` demands protection, nothing is sent to an address for which no policy
+    protects both ways. With ``enforce`` "auto" or "kernel" the socket gets policies of its own
+    before it is connected, so that it cannot send or receive in clear even if the others go;
+    ``transport.get_extra_info("ipsec_enforced")`` says whether it did. They need a socket that
+    this call makes: not with ``sock``, ``happy_eyeballs_delay`` or ``interleave``.
+
+    Raises what the loop's method raises; ProtectionError at once where no policy protects the
+    connection, or nobody is there to negotiate an SA, and, after resetting it, where it does not
+    meet ``require``; NotImplementedError for ``latch``; BackendError where there is no backend, or
+    where it is closed; what :func:`create_server` raises for ``enforce`` and ``deadline``.
     """
     _refuse_latch(latch)
+    check_options(require, enforce, deadline)
     loop = asyncio.get_running_loop()
-    judge = Judge.of(loop, await resolve_backend(backend))
+    backend = await resolve_backend(backend)
+    judge = Judge.of(loop, backend)
     connection = Connection(judge, None)
     handovers: list[_Handover] = []
 
     def factory() -> _Handover:
-        handovers.append(_Handover(protocol_factory(), connection, require))
+        handovers.append(_Handover(loop, protocol_factory(), connection, require, deadline))
         return handovers[-1]
 
+    given: dict[str, Any] = {**options}
+    made: socket.socket | None = None
+    if require is not None:
+        made, connection.enforcement = await connect_protected(
+            loop, backend, require, enforce, host, port, given
+        )
+        if made is not None:
+            host = port = None
     context = copy_context()
     context.run(current.set, connection)
-    raw, _ = await _within(
-        context, cast("Any", loop.create_connection)(factory, host, port, **options)
-    )
+    try:
+        raw, _ = await _within(
+            context, cast("Any", loop.create_connection)(factory, host, port, **given)
+        )
+    except BaseException:
+        connection.close()
+        if made is not None and not handovers:
+            made.close()
+        raise
     handover = handovers[-1]
+    try:
+        await handover.settled
+    except BaseException:
+        raw.abort()
+        raise
     if handover.error is not None:
         raise handover.error
     return handover.transport or raw, cast("P", handover.protocol)
@@ -190,29 +252,87 @@ async def start_tls(
 
 
 class _Handover(asyncio.Protocol):
-    """Takes ``connection_made`` in the place of the user's protocol, then gets out of the way."""
+    """Takes ``connection_made`` in the place of the user's protocol, then gets out of the way.
+
+    ``settled`` is done when it did, with ``error`` where it refused.
+    """
 
     def __init__(
         self,
+        loop: asyncio.AbstractEventLoop,
         protocol: AnyProtocol,
         connection: Connection,
         require: Require | None,
+        deadline: float,
         accepting: _Accepting | None = None,
     ) -> None:
         self.protocol = protocol
         self.transport: asyncio.Transport | None = None
         self.error: ProtectionError | None = None
+        self.settled: asyncio.Future[None] = loop.create_future()
+        self._loop = loop
         self._connection = connection
         self._require = require
+        self._deadline = deadline
         self._accepting = accepting
+        self._waiting: asyncio.Task[None] | None = None
+        self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         raw = cast("asyncio.Transport", transport)
-        accepting = self._accepting
         token = self._connection.made(raw)
+        accepting = self._accepting
+        if self._deadline and self._awaits(token) and (accepting is None or accepting.holds_one()):
+            raw.pause_reading()
+            self._waiting = self._loop.create_task(self._wait(raw, copy_context()))
+        else:
+            self._settle(raw)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        if self._waiting is not None and self.transport is None:
+            self._waiting.cancel()
+            self._connection.close()
+            self.error = ProtectionError("peer", "the connection was lost before it was identified")
+            self._done()
+        elif self.error is None:
+            cast("asyncio.BaseProtocol", self.protocol).connection_lost(exc)
+
+    def _token(self) -> PToken:
+        token: Any = self._connection.ptoken
+        return cast("PToken", token)
+
+    def _awaits(self, token: PToken) -> bool:
+        """Whether the requirement may yet be met by what the token waits for."""
+        require = self._require
+        return require is not None and token.pending and require.decide(token) is None
+
+    async def _wait(self, raw: asyncio.Transport, context: Context) -> None:
+        connection = self._connection
+        try:
+            async with asyncio.timeout(self._deadline):
+                while self._awaits(token := self._token()):
+                    resolved = await token.resolved()
+                    # It may have been replaced meanwhile, and that counts.
+                    if self._token() is token:
+                        connection.ptoken = resolved
+        except (TimeoutError, IPsecError):
+            pass
+        finally:
+            if self._accepting is not None:
+                self._accepting.held -= 1
+        self._loop.call_soon(self._settle, raw, context=context)
+
+    def _settle(self, raw: asyncio.Transport) -> None:
+        """Refuse, or hand over."""
+        if self._lost:
+            return
+        accepting = self._accepting
+        token = self._token()
         self.error = None if self._require is None else self._require.check(token)
         if accepting is not None:
             accepting.count(token.protected, token.assurance, raw, self.error)
+        self._done()
         if self.error is not None:
             _reset(raw)
             return
@@ -225,15 +345,18 @@ class _Handover(asyncio.Protocol):
         protocol: Any = self.protocol
         # Installed first: a protocol may put another in its place from connection_made.
         raw.set_protocol(enter(protocol, bond))
+        if self._waiting is not None:
+            # What is read is delivered by the loop, so after connection_made.
+            self.transport.resume_reading()
         call = context.run if shared else _call
         if takes_token(protocol):
             call(protocol.connection_made, self.transport, token)
         else:
             call(protocol.connection_made, self.transport)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.error is None:
-            cast("asyncio.BaseProtocol", self.protocol).connection_lost(exc)
+    def _done(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
 
 
 class _Accepting:
@@ -246,12 +369,15 @@ class _Accepting:
         listeners: dict[int, Listener],
         factory: Callable[[], AnyProtocol],
         require: Require | None,
+        deadline: float,
     ) -> None:
         self._loop = loop
         self._judge = judge
         self._listeners = listeners
         self._factory = factory
         self._require = require
+        self._deadline = deadline
+        self.held = 0
         self.counters = Counters()
         self._refusals = Refusals(self.counters)
         self.name = ""
@@ -262,10 +388,18 @@ class _Accepting:
         connection = Connection(self._judge, self._listeners)
         if not self.shares_context:
             current.set(connection)
-        return _Handover(self._factory(), connection, self._require, self)
+        return _Handover(
+            self._loop, self._factory(), connection, self._require, self._deadline, self
+        )
 
     def __repr__(self) -> str:
         return self.name
+
+    def holds_one(self) -> bool:
+        """Make room for a connection that waits; False where there is none."""
+        room = self.held < HELD_LIMIT
+        self.held += room
+        return room
 
     def count(
         self,
@@ -288,17 +422,36 @@ async def _cover(
     judge: Judge,
     listeners: dict[int, Listener],
     sockets: Iterable[socket.socket],
+    require: Require | None,
+    enforce: str,
 ) -> None:
-    """Have the stamp cover the ports of a server that does not listen yet."""
+    """Have the stamp cover the ports of a server that does not listen yet, and the kernel enforce
+    its requirement.
+    """
     ports: dict[int, list[socket.socket]] = {}
     for sock in sockets:
         if sock.family in _IP_FAMILIES:
             ports.setdefault(sock.getsockname()[1], []).append(sock)
+        elif enforce == KERNEL:
+            raise ValueError("the kernel enforces requirements on plain TCP and UDP sockets only")
     for port, bound in ports.items():
         registration = await judge.backend.register(IPPROTO_TCP, port)
-        listener = Listener(loop, judge.backend, registration, bound)
+        enforcements: list[tuple[int, bytes, Enforcement]] = []
+        listener = Listener(loop, judge.backend, registration, bound, enforcements)
         listeners[port] = listener
         judge.listeners.add(listener)
+        for sock in bound:
+            enforcement = enforcement_for(
+                loop,
+                judge.backend,
+                require,
+                enforce,
+                stamped=partial(_is_stamped, registration),
+            )
+            if enforcement is not None:
+                local = pack_address(sock.getsockname()[0])
+                enforcements.append((sock.family, local, enforcement))
+                enforcement.begin(sock, Where(local, port), early=not is_listening(sock))
 
 
 def _reset(transport: asyncio.Transport) -> None:
@@ -306,6 +459,10 @@ def _reset(transport: asyncio.Transport) -> None:
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     transport.abort()
+
+
+def _is_stamped(registration: Registration) -> bool:
+    return registration.generation > 0
 
 
 def _call(callback: Callable[..., T], *args: Any) -> T:

@@ -10,6 +10,7 @@ Rules:
   socket that is idle when a stamp is restored is looked at right then (:meth:`Witness.watch`).
 * A verdict is kept by its raw evidence (sender and control messages) as long as the backend's
   epoch and the stamp stay as they are, and no more than ``CACHE_LIMIT`` of them.
+* Where a policy of the socket's own stands in for the SPD, the SPD is asked here, too.
 * A backend that is closed under a running endpoint makes everything UNKNOWN; nothing raises.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ipsec_aio.enums import Assurance
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from ipsec_aio.errors import ProtectionError
     from ipsec_aio.require import Require
     from ipsec_aio.tokens import PToken
+
+    from .enforce import Enforcement
 
 __all__ = ["CACHE_LIMIT", "Verdict", "Witness", "runs_udp"]
 
@@ -85,11 +89,13 @@ class Witness:
         require: Require | None = None,
         *,
         covered: int | None = None,
+        enforcement: Enforcement | None = None,
     ) -> None:
         self._sock = sock
         self._backend = backend
         self._registration = registration
         self._require = require
+        self._enforcement = enforcement
         self._ip = _runs_ip(sock)
         self._verdicts: dict[object, Verdict] = {}
         self._state: object = None
@@ -114,6 +120,8 @@ class Witness:
     def close(self) -> None:
         """Stop watching and give the port back. Idempotent."""
         self._unsubscribe()
+        if self._enforcement is not None:
+            self._enforcement.close()
         if self._registration is not None:
             self._registration.close()
 
@@ -136,7 +144,8 @@ class Witness:
             epoch = -1
         self._generation = self._stamp()
         self._gap = self._generation not in (0, self._covered)
-        state = epoch, self._generation, self._gap
+        enforced = 0 if self._enforcement is None else self._enforcement.version
+        state = epoch, self._generation, self._gap, enforced
         if state != self._state:
             self._state = state
             self._verdicts.clear()
@@ -165,7 +174,12 @@ class Witness:
             return self._verdict(_unknown(self._doubt)).token
         peer = pack_address(addr[0])
         evidence = Evidence(IPPROTO_UDP, self._local, self._port, peer, addr[1], doubt=self._doubt)
-        return self._verdict(evidence).token
+        return self._verdict(self._enforced(evidence)).token
+
+    @property
+    def enforced(self) -> str:
+        """``"kernel"`` or ``"user"``: where the requirement is enforced."""
+        return "user" if self._enforcement is None else self._enforcement.place
 
     def _unfitness(self) -> str:
         """Why evidence of this socket can never mean anything; nearly always empty."""
@@ -229,7 +243,7 @@ class Witness:
                 doubt = "no mark came with it"
             elif told.reassembled and self._tells_fragments:
                 doubt = "reassembled from fragments"
-        return Evidence(
+        evidence = Evidence(
             IPPROTO_UDP,
             local,
             self._port,
@@ -240,6 +254,14 @@ class Witness:
             told.ifindex,
             doubt,
         )
+        return self._enforced(evidence)
+
+    def _enforced(self, evidence: Evidence) -> Evidence:
+        enforcement = self._enforcement
+        if enforcement is None or evidence.doubt:
+            return evidence
+        evidence = replace(evidence, enforced=enforcement.template)
+        return replace(evidence, doubt=enforcement.objection(evidence))
 
     def _verdict(self, evidence: Evidence) -> Verdict:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -18,6 +18,7 @@ from ipsec_aio.events import DefaultActions, PolicyAdded, PolicyDeleted, SAAdded
 from ipsec_aio.flow import Mark, Selector
 from ipsec_aio.mirror import Mirror
 from ipsec_aio.policy import Policy, Template
+from ipsec_aio.require import Demands
 from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP
 
 ESP = Template()
@@ -25,14 +26,6 @@ AH = Template(proto=IPPROTO_AH)
 COMP = Template(proto=IPPROTO_COMP, optional=True)
 TUNNEL = Template(mode=Mode.TUNNEL, source=FAR, destination=GATE)
 UDP, TCP, PORT = 17, 6, 5000
-
-
-@dataclass
-class Demands:
-    encrypted: bool = False
-    integrity: bool = False
-    mode: Mode | None = None
-    protocol: int | None = None
 
 
 ENCRYPTED = Demands(encrypted=True, integrity=True)
@@ -108,6 +101,13 @@ def test_outbound_is_demanded_where_one_policy_governs() -> None:
     assert plan((ESP,), out=[(ESP,), (AH,)]).outbound == (ESP,)
     assert plan((ESP,), out=[(ESP,), (replace(ESP, reqid=2),)]).outbound is None
     assert plan((ESP,)).outbound is None
+
+
+def test_what_goes_out_says_of_which_kind_the_answers_are() -> None:
+    tunnel = replace(TUNNEL, reqid=7)
+    assert plan(out=[(tunnel,)]) == Plan((Template(mode=Mode.TUNNEL),), (tunnel,))
+    assert plan(out=[(COMP, ESP)]) == Plan((ESP,), (COMP, ESP))
+    assert isinstance(derive(ENCRYPTED, (), [(ESP,), (TUNNEL,)]), str)
 
 
 _TEMPLATES = st.builds(
