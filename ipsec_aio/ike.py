@@ -18,6 +18,9 @@ Rules:
 * ``ike-update`` tells new addresses, not what becomes of the children: their reqid and traffic
   selectors can have changed too. :meth:`IKETable.apply` says which IKE SAs to list again.
 * A reqid can belong to many peers.
+* What charon says of a child is true of the SAs that were there when it said so. An SPI may be used
+  again, so :meth:`IKETable.told` says when it spoke of a child last.
+* Who an IKE SA's peer is was proved when it came up, and is handed on when it is rekeyed.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from math import inf
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from .enums import Mode
@@ -362,6 +366,7 @@ _ENDING: Final = frozenset({"REKEYED", "DELETING", "DELETED"})
 class _Entry:
     child: ChildSA
     ike: IKESA
+    told: float  # when charon spoke of it last, other than to say that it ended
     until: float | None = None  # when it is forgotten; None while it is alive
 
 
@@ -412,6 +417,9 @@ class IKETable:
         self._of_reqid: _Index[int] = _Index()
         self._staged: dict[int, tuple[IKESA, tuple[ChildSA, ...]]] | None = None
         self._early: list[tuple[str, Message]] = []
+        self._began = -inf
+        self._came: dict[IKEKey, float] = {}
+        self._origins: dict[IKEKey, IKEKey] = {}
 
     def __len__(self) -> int:
         """Number of IKE SAs."""
@@ -420,6 +428,32 @@ class IKETable:
     def sas(self) -> tuple[IKESA, ...]:
         """Return all IKE SAs."""
         return tuple(self._sas.values())
+
+    def parents(self) -> tuple[IKESA, ...]:
+        """Return all IKE SAs, and those that are gone of children which are not forgotten."""
+        known = {ike.key: ike for ike in self._sas.values()}
+        for entry in self._children.values():
+            known.setdefault(entry.ike.key, entry.ike)
+        return tuple(known.values())
+
+    def origin(self, key: IKEKey) -> IKEKey:
+        """Return the key of the IKE SA that was rekeyed, as often as it was, to become this one."""
+        return self._origins.get(key, key)
+
+    def came(self, key: IKEKey) -> float | None:
+        """Return when an IKE SA, or the one that it was rekeyed from, was told to have come up.
+
+        None where it was there before, or came while nobody listened.
+        """
+        return self._came.get(self.origin(key))
+
+    def told(self, child: ChildSA) -> float:
+        """Return when charon spoke of a child last, other than to say that it ended.
+
+        What it said in answer to a question counts from the question on.
+        """
+        entry = self._children.get(child.unique_id)
+        return -inf if entry is None else entry.told
 
     def children(self, ike: IKESA) -> tuple[ChildSA, ...]:
         """Return the children of an IKE SA that are alive."""
@@ -450,8 +484,9 @@ class IKETable:
         """
         return frozenset(self._children[each].ike.key for each in self._of_reqid[reqid])
 
-    def begin_resync(self) -> None:
-        """Say that events may have been missed."""
+    def begin_resync(self, now: float = -inf) -> None:
+        """Say that events may have been missed. What is loaded is as of ``now``."""
+        self._began = now
         self.synced = False
         self.epoch += 1
         self._staged = {}
@@ -481,7 +516,8 @@ class IKETable:
                 self._end(unique_id, now)
         self._sas.clear()
         for ike, children in staged.values():
-            self._set(ike, children, now)
+            self._set(ike, children, now, self._began)
+        self._tidy()
         self.epoch += 1
         again: frozenset[int] = frozenset()
         early, self._early = self._early, []
@@ -491,7 +527,10 @@ class IKETable:
         return again
 
     def refresh(self, message: Message, now: float) -> None:
-        """Take a ``list-sa`` event of an IKE SA that was to be listed again. Raises CodecError."""
+        """Take a ``list-sa`` event of an IKE SA that was to be listed again.
+
+        ``now`` is when it was asked for. Raises CodecError.
+        """
         ike, children = decode_ike_sa(message)
         if ike.unique_id in self._sas:
             self._set(ike, children, now)
@@ -542,6 +581,9 @@ class IKETable:
         ike = _ike(*_only_section(message))
         if _flag(message, "up"):
             self._set(ike, (), now)
+            self._came.setdefault(ike.key, now)
+            if len(self._came) > 2 * len(self._sas) + len(self._children) + 64:
+                self._tidy()
         else:
             self._sas.pop(ike.unique_id, None)
             for unique_id in self._of_ike[ike.key]:
@@ -555,6 +597,7 @@ class IKETable:
         for unique_id in self._of_ike[old.key]:
             self._of_ike.discard(old.key, unique_id)
             self._of_ike.add(new.key, unique_id)
+        self._origins[new.key] = self.origin(old.key)
         self._set(new, (), now)
         return frozenset()
 
@@ -594,14 +637,16 @@ class IKETable:
             self._end(old.unique_id, now)
         return frozenset()
 
-    def _set(self, ike: IKESA, children: Iterable[ChildSA], now: float) -> None:
+    def _set(
+        self, ike: IKESA, children: Iterable[ChildSA], now: float, told: float | None = None
+    ) -> None:
         """Put an IKE SA, and some of its children, in place of what is known of them."""
         self._sas[ike.unique_id] = ike
         for unique_id in self._of_ike[ike.key]:
             self._children[unique_id].ike = ike
         for child in children:
             known = self._forget(child.unique_id)
-            self._children[child.unique_id] = _Entry(child, ike)
+            self._children[child.unique_id] = _Entry(child, ike, now if told is None else told)
             self._of_ike.add(ike.key, child.unique_id)
             self._of_reqid.add(child.reqid, child.unique_id)
             for spi in _spis(child):
@@ -617,6 +662,13 @@ class IKETable:
         if entry is not None and entry.until is None:
             entry.until = now + self.linger if until is None else until
             self._gone[unique_id] = None
+
+    def _tidy(self) -> None:
+        """Forget the beginnings of IKE SAs that nothing is left of."""
+        keys = {ike.key for ike in self.parents()}
+        self._origins = {key: old for key, old in self._origins.items() if key in keys}
+        keys.update(self._origins.values())
+        self._came = {key: when for key, when in self._came.items() if key in keys}
 
     def _forget(self, unique_id: int) -> _Entry | None:
         entry = self._children.pop(unique_id, None)

@@ -29,18 +29,20 @@ __all__ = [
 
 _ENVIRONMENT = "IPSEC_AIO_BACKEND"
 _STAMPS = ("use", "install", "require", "off")
-_SPECS = "'xfrm', 'memory' and 'memory:FILE.toml'"
-_LATER = ("xfrm+vici", "vici", "pfkey")
+_SPECS = "'xfrm', 'xfrm+vici', 'memory' and 'memory:FILE.toml'"
+_JOINED = "xfrm+vici"
+_LATER = ("vici", "pfkey")
 _FILE = "memory:"
 
 
 class OpenBackend:
     """What :func:`open_backend` returns: ``async with`` opens the backend and closes it."""
 
-    def __init__(self, spec: str, stamp: str, trust_policy: bool) -> None:
+    def __init__(self, spec: str, stamp: str, trust_policy: bool, vici: str | None) -> None:
         self._spec = spec
         self._stamp = stamp
         self._trust_policy = trust_policy
+        self._vici = vici
         self._backend: Backend | None = None
 
     async def __aenter__(self) -> Backend:
@@ -66,6 +68,14 @@ class OpenBackend:
             backend = XfrmBackend(stamp=self._stamp, trust_policy=self._trust_policy)
             await backend.start()
             return backend
+        if self._spec == _JOINED:
+            from .join import XfrmViciBackend
+
+            joined = XfrmViciBackend(
+                vici=self._vici, stamp=self._stamp, trust_policy=self._trust_policy
+            )
+            await joined.start()
+            return joined
         from .memory import MemoryBackend
 
         if self._spec == "memory":
@@ -80,23 +90,32 @@ def open_backend(
 ) -> OpenBackend:
     """Name a backend, to be opened by ``async with``.
 
-    ``spec`` is ``"xfrm"`` (this kernel), ``"memory"`` or ``"memory:FILE.toml"``. ``stamp`` is
-    ``"use"`` (where it is installed), ``"install"`` (if absent), ``"require"`` (fail without it)
-    or ``"off"``. With ``trust_policy`` an answer by policy counts as protected. ``vici`` names
-    strongSwan's socket.
+    ``spec`` is ``"xfrm"`` (this kernel), ``"xfrm+vici"`` (this kernel, and who is at the ends of
+    its SAs from strongSwan), ``"memory"`` or ``"memory:FILE.toml"``. ``stamp`` is ``"use"`` (where
+    it is installed), ``"install"`` (if absent), ``"require"`` (fail without it) or ``"off"``. With
+    ``trust_policy`` an answer by policy counts as protected. ``vici`` is the address of
+    strongSwan's socket, ``"unix:///path"`` or a path, for ``"xfrm+vici"``; without one it is where
+    strongSwan puts it, ``unix:///var/run/charon.vici``.
 
-    Raises ValueError for an unknown spec or stamp mode, NotImplementedError for what this release
-    does not have; opening raises BackendUnavailable, BackendDenied, or ValueError for a faulty
-    file.
+    Raises ValueError for an unknown spec or stamp mode, for what is no address and for one that
+    goes with another spec, NotImplementedError for what this release does not have; opening raises
+    BackendUnavailable, BackendDenied, or ValueError for a faulty file.
     """
     if stamp not in _STAMPS:
         raise ValueError(f"unknown stamp mode {stamp!r}; there are {', '.join(_STAMPS)}")
-    if vici is not None or spec in _LATER or spec.startswith("broker:"):
-        what = f"{spec!r}" if vici is None else f"{spec!r} with vici="
-        raise NotImplementedError(f"{what} is not in this release; there are {_SPECS}")
-    if spec not in ("xfrm", "memory") and not (spec.startswith(_FILE) and len(spec) > len(_FILE)):
+    if spec in _LATER or spec.startswith("broker:"):
+        raise NotImplementedError(f"{spec!r} is not in this release; there are {_SPECS}")
+    if spec not in ("xfrm", _JOINED, "memory") and not (
+        spec.startswith(_FILE) and len(spec) > len(_FILE)
+    ):
         raise ValueError(f"unknown backend {spec!r}; there are {_SPECS}")
-    return OpenBackend(spec, stamp, trust_policy)
+    if vici is not None:
+        if spec != _JOINED:
+            raise ValueError(f"vici= goes with {_JOINED!r}, not with {spec!r}")
+        from .vici import parse_address
+
+        parse_address(vici)
+    return OpenBackend(spec, stamp, trust_policy, vici)
 
 
 _default: Backend | None = None

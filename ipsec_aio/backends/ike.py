@@ -18,20 +18,22 @@ from typing import TYPE_CHECKING, Final
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
 from ipsec_aio.ike import EVENTS, IKETable
 
-from .vici import ViciConnected, ViciDisconnected
+from .vici import ViciConnected, ViciDisconnected, ViciEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Self
 
     from ipsec_aio.ike import Negotiated
 
-    from .vici import EventStream, ViciClient, ViciEvent
+    from .vici import EventStream, ViciClient
 
 __all__ = ["IKEWatcher"]
 
 _log: Final = logging.getLogger("ipsec_aio.ike")
+# The name of what look_again() puts into the stream of events: charon's have names.
+_AGAIN: Final = ""
 
 
 class IKEWatcher:
@@ -43,16 +45,27 @@ class IKEWatcher:
             await watcher.synced()
             watcher.find(destination, proto, spi)
 
-    ``changed()`` is called on the loop after each change of the table, and must not raise. charon
-    may come, go and be restarted; the client stays open until the watcher is closed.
+    ``changed()`` is called on the loop after each change of the table, and must not raise.
+    ``clock()`` gives the table's time, monotonic seconds, and is called before anything that
+    charon said is taken in; it is the loop's unless given. charon may come, go and be restarted;
+    the client stays open until the watcher is closed.
     """
 
     def __init__(
-        self, client: ViciClient, *, changed: Callable[[], None] | None = None, linger: float = 30.0
+        self,
+        client: ViciClient,
+        *,
+        changed: Callable[[], None] | None = None,
+        clock: Callable[[], float] | None = None,
+        linger: float = 30.0,
     ) -> None:
         self.table = IKETable(linger=linger)
         self._client = client
         self._changed = changed
+        self._clock = clock or _loop_time
+        self._events: EventStream | None = None
+        self._again: set[int] = set()
+        self._everything = False
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -60,7 +73,7 @@ class IKEWatcher:
         self, destination: bytes, proto: int, spi: int, *, inbound: bool = True
     ) -> tuple[Negotiated, ...]:
         """Return what :meth:`IKETable.find` does, by now."""
-        self.table.advance(asyncio.get_running_loop().time())
+        self.table.advance(self._clock())
         return self.table.find(destination, proto, spi, inbound=inbound)
 
     async def synced(self) -> None:
@@ -76,6 +89,14 @@ class IKEWatcher:
                 raise BackendUnavailable("the watcher is closed")
             self._settled.clear()
             await self._settled.wait()
+
+    def look_again(self, *unique_ids: int) -> None:
+        """Have IKE SAs listed again, or without any named, everything."""
+        first = not self._again and not self._everything
+        self._again.update(unique_ids)
+        self._everything |= not unique_ids
+        if first and self._events is not None:
+            self._events.post(ViciEvent(_AGAIN, {}))
 
     async def aclose(self) -> None:
         """Stop listening. Idempotent. The table stays as it is, and is no longer synced."""
@@ -99,9 +120,12 @@ class IKEWatcher:
     async def _run(self) -> None:
         try:
             async with self._client.events(*EVENTS) as events:
+                self._events = events
                 async for event in events:
                     if isinstance(event, ViciDisconnected):
                         self.table.begin_resync()
+                    elif isinstance(event, ViciEvent) and event.name == _AGAIN:
+                        await self._look(events)
                     elif isinstance(event, ViciConnected):
                         await self._resync(events)
                     elif self.table.synced:
@@ -109,6 +133,7 @@ class IKEWatcher:
                     self._tell()
         finally:
             # Nobody listens any more, for whatever reason.
+            self._events = None
             self.table.begin_resync()
             self._tell()
 
@@ -122,13 +147,16 @@ class IKEWatcher:
         pause, longest = self._client.backoff
         connection = events.connection
         while True:
-            self.table.begin_resync()
+            self._again.clear()
+            self._everything = False
+            self.table.begin_resync(self._clock())
             try:
                 async with contextlib.aclosing(self._client.stream("list-sas")) as sas:
                     async for message in sas:
                         self.table.load(message)
                 if connection and connection == events.connection:
-                    self.table.finish_resync(asyncio.get_running_loop().time())
+                    again = self.table.finish_resync(self._clock())
+                    await self._list(again, self._clock())
                 return
             except (BackendError, CodecError) as error:
                 _log.warning("charon's SAs cannot be listed: %s", error)
@@ -138,13 +166,35 @@ class IKEWatcher:
             pause = min(2 * pause, longest)
 
     async def _take(self, event: ViciEvent, events: EventStream) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._clock()
         try:
-            for unique_id in self.table.apply(event.name, event.message, now):
-                stream = self._client.stream("list-sas", {"ike-id": unique_id})
-                async with contextlib.aclosing(stream) as sas:
-                    async for message in sas:
-                        self.table.refresh(message, now)
+            await self._list(self.table.apply(event.name, event.message, now), now)
         except (BackendError, CodecError) as error:
             _log.warning("%s is not understood, or not followed: %s", event.name, error)
             await self._resync(events)
+
+    async def _look(self, events: EventStream) -> None:
+        """List again what was asked for meanwhile. Without charon all will be listed anyway."""
+        again, everything = set(self._again), self._everything
+        self._again.clear()
+        self._everything = False
+        if not self.table.synced:
+            return
+        if not everything:
+            try:
+                await self._list(again, self._clock())
+                return
+            except (BackendError, CodecError) as error:
+                _log.warning("charon's SAs cannot be listed: %s", error)
+        await self._resync(events)
+
+    async def _list(self, unique_ids: Iterable[int], now: float) -> None:
+        for unique_id in unique_ids:
+            stream = self._client.stream("list-sas", {"ike-id": unique_id})
+            async with contextlib.aclosing(stream) as sas:
+                async for message in sas:
+                    self.table.refresh(message, now)
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()

@@ -62,6 +62,7 @@ __all__ = [
     "ViciDisconnected",
     "ViciError",
     "ViciEvent",
+    "parse_address",
 ]
 
 DEFAULT_ADDRESS: Final = "unix:///var/run/charon.vici"
@@ -136,7 +137,7 @@ class ViciClient:
         self.address = address
         self.timeout = timeout
         self.backoff = backoff
-        self._path, self._host, self._port = _parse(address)
+        self._path, self._host, self._port = parse_address(address)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = asyncio.Lock()
         self._commands: _Connection | None = None
@@ -343,6 +344,11 @@ class EventStream:
         """
         return self._serial if self._connected else 0
 
+    def post(self, event: ViciEvent) -> None:
+        """Put an event at the end of the stream, for who iterates."""
+        if not self._closed:
+            self._put(event)
+
     def __aiter__(self) -> EventStream:
         return self
 
@@ -520,8 +526,8 @@ def _answer(command: str, packet: Packet) -> Message:
     return answer
 
 
-def _parse(address: str) -> tuple[str, str, int]:
-    """Return the path of a Unix socket, or host and port."""
+def parse_address(address: str) -> tuple[str, str, int]:
+    """Return the path of a Unix socket, or host and port. Raises ValueError."""
     if "://" not in address:
         address = f"unix://{address}"
     parts = urlsplit(address)

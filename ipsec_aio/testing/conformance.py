@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
     from ipsec_aio.tokens import PToken
 
-__all__ = ["BackendConformance", "Bench", "IdentityBench", "IdentityConformance"]
+__all__ = ["Arrivals", "BackendConformance", "Bench", "IdentityBench", "IdentityConformance"]
 
 PORT = 5000
 GCM = "rfc4106(gcm(aes))"
@@ -140,8 +140,8 @@ class IdentityBench(Bench):
         """
 
 
-class _Arrivals:
-    """What the tests have in common."""
+class Arrivals:
+    """What the tests have in common: a class of tests may inherit it alone."""
 
     async def _arrive(
         self, bench: Bench, spi: int, peer: str | None = None, *, stamped: bool = True
@@ -163,7 +163,7 @@ class _Arrivals:
         await bench.add_sa(spi=spi, **arguments)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-class BackendConformance(_Arrivals):
+class BackendConformance(Arrivals):
     """The tests. Each starts on a fresh bench."""
 
     async def test_clear_traffic_is_known_to_be_clear(self, bench: Bench) -> None:
@@ -366,7 +366,7 @@ class BackendConformance(_Arrivals):
         bench.backend.drain()
 
 
-class IdentityConformance(_Arrivals):
+class IdentityConformance(Arrivals):
     """More tests, for backends that know whose SAs are. Their fixture's bench can identify."""
 
     async def _identify(self, bench: IdentityBench, spi: int, peer: str) -> None:

@@ -30,19 +30,25 @@ def no_default(monkeypatch):
 
 @pytest.mark.parametrize("spec", ["", "ipsec", "memory:", "XFRM", "memory2"])
 def test_unknown_specs_are_refused(spec):
-    with pytest.raises(ValueError, match=r"'xfrm', 'memory' and 'memory:FILE.toml'"):
+    with pytest.raises(ValueError, match=r"'xfrm', 'xfrm\+vici', 'memory' and 'memory:FILE.toml'"):
         open_backend(spec)
 
 
-@pytest.mark.parametrize("spec", ["xfrm+vici", "vici", "pfkey", "broker:/run/b"])
+@pytest.mark.parametrize("spec", ["vici", "pfkey", "broker:/run/b"])
 def test_later_specs_are_not_in_this_release(spec):
     with pytest.raises(NotImplementedError, match="not in this release"):
         open_backend(spec)
 
 
-def test_vici_is_not_in_this_release():
-    with pytest.raises(NotImplementedError, match="with vici="):
-        open_backend("xfrm", vici="unix:///x")
+@pytest.mark.parametrize("spec", ["xfrm", "memory"])
+def test_vici_goes_with_its_spec_alone(spec):
+    with pytest.raises(ValueError, match=r"vici= goes with 'xfrm\+vici', not with"):
+        open_backend(spec, vici="unix:///x")
+
+
+def test_what_is_no_address_is_told_early():
+    with pytest.raises(ValueError, match="not unix:///path"):
+        open_backend("xfrm+vici", vici="http://charon")
 
 
 def test_unknown_stamp_modes_are_refused():

@@ -1,0 +1,189 @@
+"""The kernel's SAs joined with charon's word on whose they are.
+
+Rules:
+
+* The kernel's events are taken in before anything that charon said: it reports an SA after the
+  kernel has it, and what it said of an SPI before that is of another SA.
+* charon may die and come back, and cannot be reached for a while: SAs whose identities are known
+  keep them, others go without.
+* After the kernel's tables were read again, everything that charon said is asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final
+
+from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
+from ipsec_aio.events import SAAdded, SAMapped
+from ipsec_aio.ike import decode_connection
+from ipsec_aio.join import Join
+from ipsec_aio.proofs import Listed, Proofs, decode_certificate
+
+from .ike import IKEWatcher
+from .vici import DEFAULT_ADDRESS, ViciClient
+from .xfrm import XfrmBackend
+
+if TYPE_CHECKING:
+    from ipsec_aio.events import Event
+    from ipsec_aio.identities import Answer
+    from ipsec_aio.ike import Connection
+    from ipsec_aio.kernel.netlink import SocketFactory
+    from ipsec_aio.sad import Record
+
+__all__ = ["XfrmViciBackend"]
+
+_log: Final = logging.getLogger("ipsec_aio.ike")
+_START_SECONDS: Final = 10.0
+# Identities wait for it: an answer that takes longer is none.
+_PROOF_SECONDS: Final = 1.0
+
+
+class XfrmViciBackend(XfrmBackend):
+    """Facts from the kernel, identities from charon.
+
+    ``vici`` is the address of its socket, ``unix:///path`` or a path; all else is
+    :class:`XfrmBackend`'s.
+    """
+
+    name = "xfrm+vici"
+
+    def __init__(
+        self,
+        *,
+        vici: str | None = None,
+        stamp: str = "use",
+        trust_policy: bool = False,
+        socket_factory: SocketFactory = socket.socket,
+        client: ViciClient | None = None,
+    ) -> None:
+        super().__init__(stamp=stamp, trust_policy=trust_policy, socket_factory=socket_factory)
+        self.client = ViciClient(vici or DEFAULT_ADDRESS) if client is None else client
+        self.watcher = IKEWatcher(self.client, changed=self._told, clock=self._moment)
+        self._proofs = Proofs(self.watcher.table)
+        self._join = Join(self.mirror, self.watcher.table, self._proofs.ends)
+        self._proving: asyncio.Task[None] | None = None
+        self._heard = self.watcher.table.epoch
+        self.resolver.identified = True
+
+    async def start(self) -> None:
+        """Open everything, and wait until charon has listed what it has.
+
+        Raises what :meth:`XfrmBackend.start` raises, BackendUnavailable where no charon answers at
+        the address, BackendDenied where its socket may not be opened.
+        """
+        if self.loop is None and not self.closed:
+            try:
+                await self.client.open()
+            except BaseException:
+                await self.aclose()
+                raise
+        await super().start()
+        try:
+            # Read beforehand, so that it is known of what comes from here on.
+            await self._list_proofs()
+            await self.watcher.__aenter__()
+            async with asyncio.timeout(_START_SECONDS):
+                await self.watcher.synced()
+        except TimeoutError as error:
+            await self.aclose()
+            raise BackendUnavailable(
+                f"{self.client.address} did not list its SAs in {_START_SECONDS:g} s"
+            ) from error
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Release everything. Idempotent. Raises BackendUnavailable on another running loop."""
+        # On a closed loop there is nobody to tell; after a fork they are the parent's.
+        gone = self.resolver.stale or (self.loop is not None and self.loop.is_closed())
+        if not self.closed and not gone:
+            self.check_loop()
+            if self._proving is not None:
+                self._proving.cancel()
+                await asyncio.wait([self._proving])
+            await self.watcher.aclose()
+            await self.client.aclose()
+        await super().aclose()
+
+    # Identities
+
+    def identities_of(self, record: Record, now: float) -> Answer:
+        """Return who negotiated an SA, or until when charon may tell."""
+        return self._join.identities_of(record, now)
+
+    def _moment(self) -> float:
+        """Take in what the kernel told before charon spoke, and return the time."""
+        self.drain()
+        return self.clock()
+
+    def _told(self) -> None:
+        """Take in that charon's table changed."""
+        if self.closed or self.watcher.table.epoch == self._heard:
+            return
+        self._heard = self.watcher.table.epoch
+        with self._lock:
+            self.identities_changed()
+        if self._proofs.wants and self._proving is None:
+            self._proving = asyncio.create_task(self._prove())
+            self._proving.add_done_callback(self._proved)
+
+    def _take_event(self, event: Event) -> None:
+        super()._take_event(event)
+        # Moved, or its number used again: what charon said before is not of this one.
+        if isinstance(event, SAAdded):
+            again = self._join.of_number(event.sa)
+        elif isinstance(event, SAMapped):
+            moved = self.mirror.get(event.key)
+            again = () if moved is None else self._join.of_number(moved)
+        else:
+            return
+        if again:
+            self.watcher.look_again(*again)
+
+    async def _load(self) -> None:
+        await super()._load()
+        self.watcher.look_again()
+
+    # Proofs
+
+    def _proved(self, task: asyncio.Task[None]) -> None:
+        self._proving = None
+        if not task.cancelled():
+            task.result()
+
+    async def _prove(self) -> None:
+        """Judge IKE SAs that came up, until none is left."""
+        while self._proofs.wants:
+            await self._list_proofs()
+            with self._lock:
+                self.identities_changed()
+
+    async def _list_proofs(self) -> None:
+        began = self.clock()
+        try:
+            async with asyncio.timeout(_PROOF_SECONDS):
+                connections = await self._connections()
+                certificates = await self._certificates()
+        except (BackendError, CodecError, TimeoutError) as error:
+            _log.warning("charon's configuration cannot be listed: %s", error)
+            self._proofs.failed()
+            return
+        self._proofs.listed(connections, certificates, began, self.clock())
+
+    async def _connections(self) -> list[Connection]:
+        async with aclosing(self.client.stream("list-conns")) as messages:
+            return [decode_connection(message) async for message in messages]
+
+    async def _certificates(self) -> list[Listed]:
+        """List certificates: none where the package that reads them is missing."""
+        async with aclosing(self.client.stream("list-certs")) as messages:
+            try:
+                listed = [decode_certificate(message) async for message in messages]
+            except ImportError:
+                return []
+        return [each for each in listed if each is not None]

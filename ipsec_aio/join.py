@@ -1,0 +1,123 @@
+"""Whose SA an SA is: the kernel's SAs joined with what charon says of its children.
+
+Rules:
+
+* An SA is found by destination, protocol and SPI; where several have those, by mark and interface
+  id as well.
+* An SPI may be used again. What charon said counts for an SA that was there when it said so, and
+  for a removed one only while no other SA has its number. Once known, an SA's identities are kept
+  with it, whatever becomes of charon.
+* charon reports an SA some time after the kernel has it. Until ``PENDING_SECONDS`` after it came
+  its identities are awaited.
+* A reqid counts only for an SA that charon's table lacks although it is complete and the SA is not
+  new, and only if all children of that reqid belong to one IKE SA between the SA's own addresses.
+  Then it is the kernel's policies that take the one for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import inf
+from typing import TYPE_CHECKING
+
+from .enums import Direction
+from .identities import UNIDENTIFIED, Answer, Awaited, Identities, agreed
+from .protection import PROTECTING
+from .tokens import PENDING_SECONDS
+
+if TYPE_CHECKING:
+    from .ike import IKESA, ChildSA, IKETable, Negotiated
+    from .mirror import Mirror
+    from .sa import SA
+    from .sad import Record
+
+__all__ = ["Join"]
+
+
+class Join:
+    """Answers who is at the ends of an SA.
+
+    ``ends`` tells those of an IKE SA, None while that is being found out.
+    """
+
+    def __init__(
+        self, mirror: Mirror, table: IKETable, ends: Callable[[IKESA], Identities | None]
+    ) -> None:
+        self.mirror = mirror
+        self.table = table
+        self._ends = ends
+
+    def identities_of(self, record: Record, now: float) -> Answer:
+        """Return who is at the ends of an SA, or until when that may come to be known."""
+        sa = record.sa
+        if sa.proto not in PROTECTING or sa.direction is Direction.OUT:
+            return UNIDENTIFIED
+        until = record.added + PENDING_SECONDS
+        found = self._children(record)
+        answer = self._agreed((each.ike for each in found), until)
+        if isinstance(answer, Identities) and answer != UNIDENTIFIED:
+            record.identities = answer
+        elif record.identities is not None:
+            return record.identities
+        elif not found:
+            answer = self._agreed(self._by_reqid(record), until) if now > until else Awaited(until)
+        if isinstance(answer, Awaited) and now > until:
+            return UNIDENTIFIED
+        return answer
+
+    def of_number(self, sa: SA) -> tuple[int, ...]:
+        """Return the unique ids of the IKE SAs that had an SA of this name: what charon said of
+        them does not count for one that came just now, until it says so again.
+        """
+        found = self.table.find(sa.destination, sa.proto, sa.spi)
+        return tuple(dict.fromkeys(each.ike.unique_id for each in found))
+
+    def _agreed(self, ikes: Iterable[IKESA], until: float) -> Answer:
+        return agreed(
+            Awaited(until) if (ends := self._ends(ike)) is None else ends
+            for ike in {ike.key: ike for ike in ikes}.values()
+        )
+
+    def _children(self, record: Record) -> list[Negotiated]:
+        """Return the children that the SA is of: one, unless charon contradicts itself."""
+        sa = record.sa
+        found = [
+            each
+            for each in self.table.find(sa.destination, sa.proto, sa.spi)
+            if self.table.told(each.child) >= record.added
+        ]
+        if not found:
+            return found
+        others = [
+            other
+            for index in (self.mirror.sad, self.mirror.graveyard)
+            for other in index.numbered(sa.spi)
+            if other is not record and other.sa.key[:3] == sa.key[:3]
+        ]
+        if record.buried != inf and others:
+            return []
+        if len(found) > 1 or any(other.buried == inf for other in others):
+            return [each for each in found if _marked_alike(sa, each.child)]
+        return found
+
+    def _by_reqid(self, record: Record) -> tuple[IKESA, ...]:
+        sa = record.sa
+        if not self.table.synced or not sa.reqid or record.buried != inf:
+            return ()
+        if self.table.find(sa.destination, sa.proto, sa.spi):
+            return ()  # known, and of another SA
+        keys = self.table.peers_of_reqid(sa.reqid)
+        if len(keys) != 1:
+            return ()
+        (ike,) = (ike for ike in self.table.parents() if ike.key in keys)
+        between = (ike.remote_host, ike.local_host) == (sa.source, sa.destination)
+        alike = any(
+            (child.reqid, child.proto, child.mode) == (sa.reqid, sa.proto, sa.mode)
+            and _marked_alike(sa, child)
+            for child in self.table.children(ike)
+        )
+        return (ike,) if between and alike else ()
+
+
+def _marked_alike(sa: SA, child: ChildSA) -> bool:
+    return (sa.mark, sa.if_id) == (child.mark_in, child.if_id_in)
