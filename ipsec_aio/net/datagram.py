@@ -2,13 +2,16 @@
 
 Rules:
 
-* asyncio gives no ancillary data away, so the transport reads a socket of its own with recvmsg,
-  under ``loop.add_reader``, which every loop has.
+* asyncio gives no ancillary data away, so the transport reads a socket of its own under
+  ``loop.add_reader``, which every loop has: with recvmsg where little arrives, and on a UDP socket
+  with a :class:`~.batch.Batch` where much does.
 * To the outside it is asyncio's datagram transport of the running Python version, flow control,
   errors and their texts included.
 * A wake-up takes up to ``BATCH`` datagrams, judges them together, then delivers them. A callback
   that closes the transport or pauses reading stops the delivery; one that raises costs only its
   own datagram.
+* Datagrams that are all welcome are delivered as one batch, with no look at their verdicts; all
+  others one by one, by way of the backlog.
 * What does not meet the requirement is dropped, counted and reported (:mod:`.refusals`).
 """
 
@@ -20,33 +23,41 @@ import sys
 import warnings
 from asyncio.trsock import TransportSocket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import copy_context
+from operator import length_hint
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 from ipsec_aio.log import net_logger
 
+from .batch import CONTROL, SLOTS, batch_for
 from .context import current
 from .protocols import DatagramProtocol, takes_token
 from .refusals import Refusals
 from .stats import Counters, IPsecStats
+from .witness import runs_udp
 
 if TYPE_CHECKING:
     from ipsec_aio.errors import ProtectionError
     from ipsec_aio.tokens import PToken
 
+    from .batch import Batch
     from .protocols import TokenProtocol
-    from .witness import Verdict, Witness
+    from .witness import Entry, Verdict, Witness
 
     AnyProtocol = asyncio.BaseProtocol | TokenProtocol
 
 __all__ = ["BATCH", "DatagramTransport"]
 
-BATCH = 64
+BATCH = SLOTS
+"""Datagrams per wake-up, so that the loop's other work is not held up."""
+SPARSE = 8
+"""After a batch of one, so many wake-ups take a single datagram with recvmsg, then see again."""
 
 _IP_BUFFER = 65536
 _OTHER_BUFFER = 256 * 1024
-_CONTROL_BUFFER = 512
+_CONTROL_BUFFER = CONTROL
 _WARN_AFTER = 5
 
 # Since Python 3.13 an empty datagram is sent, and each counts in the buffer with its header.
@@ -97,6 +108,15 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._buffer: deque[tuple[bytes, Any]] = deque()
         self._buffer_size = 0
         self._backlog: deque[tuple[bytes, Any, Verdict]] = deque()
+        self._batch: Batch | None = None
+        self._batch_kind = sock.family, self._receive_size, _CONTROL_BUFFER
+        if runs_udp(sock):
+            self._batch = batch_for(*self._batch_kind)
+        self._expected = self._sparse = 0
+        # What is being delivered: payloads still to come, and the entries of all.
+        self._coming: Iterator[bytes] = iter(())
+        self._entries: list[Entry] = []
+        self._interrupted = False
         self._counters = Counters()
         self._refusals = Refusals(self._counters)
         self._low_water, self._high_water = _limits(None, None)
@@ -125,7 +145,10 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
     @property
     def ipsec_stats(self) -> IPsecStats:
         """What was received, and what was refused and why: a snapshot."""
-        return self._counters.snapshot()
+        coming = self._not_delivered()
+        return self._counters.snapshot(
+            received=-len(coming), protected=-sum(verdict.protected for _, verdict in coming)
+        )
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return information about the transport."""
@@ -139,6 +162,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         """Install a protocol; whether its callbacks get a token is judged anew."""
         # asyncio calls whatever looks like a protocol; so does this.
         self._protocol: Any = protocol
+        self._interrupted = True
         self._gives_token = takes_token(protocol)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
@@ -168,7 +192,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         What a callback's own wake-up has already received is kept and delivered then.
         """
         if self.is_reading():
-            self._reading_paused = True
+            self._reading_paused = self._interrupted = True
             self._loop.remove_reader(self._fd)
 
     def resume_reading(self) -> None:
@@ -187,29 +211,83 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         if not self.is_reading():
             return
         witness = self._witness
-        witness.before()
-        received, emptied, error = self._receive()
+        if witness.before() and self._batch is not None:
+            if not self._sparse:
+                self._receive_batch(self._batch)
+                return
+            self._sparse -= 1
+            received, emptied, error = self._receive(1)
+        else:
+            received, emptied, error = self._receive(BATCH)
         witness.after(emptied=emptied)
         judge = witness.judge
         self._backlog.extend(
             [(data, addr, judge(addr, told, flags)) for data, told, flags, addr in received]
         )
         self._deliver()
-        if error is None or self._closing:
+        if error is not None:
+            self._failed(error)
+        elif not received:
+            self._watch_again()
+
+    def _receive_batch(self, batch: Batch) -> None:
+        if batch.thread != get_ident():
+            batch = self._batch = cast("Batch", batch_for(*self._batch_kind))
+        witness = self._witness
+        try:
+            payloads, evidence, odd = batch.receive(self._fd, self._expected)
+        except (BlockingIOError, InterruptedError) as exc:
+            self._sparse = SPARSE
+            witness.after(emptied=isinstance(exc, BlockingIOError))
+            self._watch_again()
+            return
+        except OSError as exc:
+            witness.after(emptied=False)
+            self._failed(exc)
+            return
+        if len(payloads) == 1:
+            self._sparse = SPARSE
+        witness.after(emptied=False)
+        entries, protected = witness.judge_batch(evidence, odd)
+        if protected is not None and not self._backlog:
+            counters = self._counters
+            counters.received += len(payloads)
+            counters.protected += protected
+            self._deliver_batch(payloads, entries)
+            return
+        for unexpected in odd.values():
+            self._expected = unexpected.length
+        self._backlog.extend(
+            [(data, *entry) for data, entry in zip(payloads, entries, strict=True)]
+        )
+        self._deliver()
+
+    def _failed(self, error: Exception) -> None:
+        if self._closing:
             return
         if isinstance(error, OSError):
+            self._watch_again()
             self._protocol.error_received(error)
         else:
             self._fatal_error(error, "Fatal read error on datagram transport")
 
-    def _receive(self) -> tuple[list[_Received], bool, Exception | None]:
-        """Take a batch; say whether the queue was seen empty, and what went wrong."""
+    def _watch_again(self) -> None:
+        """Register anew: libuv drops a descriptor on which it has seen an error pending."""
+        if self.is_reading():
+            self._loop.remove_reader(self._fd)
+            self._loop.add_reader(self._fd, self._on_readable)
+        if self._buffer:
+            self._loop.remove_writer(self._fd)
+            self._loop.add_writer(self._fd, self._on_writable)
+
+    def _receive(self, limit: int) -> tuple[list[_Received], bool, Exception | None]:
+        """Take some, one by one; say whether the queue was seen empty, and what went wrong."""
         received: list[_Received] = []
         assert self._sock is not None  # noqa: S101
         recvmsg = self._sock.recvmsg
         size = self._receive_size
         try:
-            for _ in range(BATCH):
+            for _ in range(limit):
                 received.append(recvmsg(size, _CONTROL_BUFFER))
         except BlockingIOError:
             return received, True, None
@@ -218,6 +296,51 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         except Exception as exc:
             return received, False, exc
         return received, False, None
+
+    def _deliver_batch(self, payloads: list[bytes], entries: list[Entry]) -> None:
+        """Deliver what is welcome. Here each nanosecond is paid for every datagram."""
+        self._coming = coming = iter(payloads)
+        self._entries = entries
+        self._interrupted = False
+        protocol = self._protocol
+        gives_token = self._gives_token
+        last = None
+        for data, (addr, verdict) in zip(coming, entries, strict=False):
+            token = verdict.token
+            if token is not last:
+                current.set(token)
+                last = token
+            try:
+                if gives_token:
+                    protocol.datagram_received(data, addr, token)
+                else:
+                    protocol.datagram_received(data, addr)
+            except (SystemExit, KeyboardInterrupt):
+                self._put_back()
+                current.set(None)
+                self._loop.call_soon(self._start_reading, context=self._context)
+                raise
+            except BaseException as exc:
+                self._report(exc, "Exception in a callback for a received datagram")
+            if self._interrupted:
+                self._put_back()
+                self._deliver()
+                return
+        self._entries = []
+        current.set(None)
+
+    def _not_delivered(self) -> list[Entry]:
+        return self._entries[len(self._entries) - length_hint(self._coming) :]
+
+    def _put_back(self) -> None:
+        """Leave the rest of a batch to the backlog, which counts as it delivers."""
+        entries = self._not_delivered()
+        self._entries = []
+        self._backlog.extend(
+            [(data, *entry) for data, entry in zip(self._coming, entries, strict=True)]
+        )
+        self._counters.received -= len(entries)
+        self._counters.protected -= sum(verdict.protected for _, verdict in entries)
 
     def _deliver(self) -> None:
         backlog = self._backlog
@@ -239,7 +362,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                     self._protocol.datagram_received(data, addr)
             except (SystemExit, KeyboardInterrupt):
                 current.set(None)
-                self._loop.call_soon(self._deliver, context=self._context)
+                self._loop.call_soon(self._start_reading, context=self._context)
                 raise
             except BaseException as exc:
                 self._report(exc, "Exception in a callback for a received datagram")
@@ -291,6 +414,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             except (BlockingIOError, InterruptedError):
                 self._loop.add_writer(self._fd, self._on_writable)
             except OSError as exc:
+                self._loop.call_soon(self._watch_again, context=self._context)
                 self._protocol.error_received(exc)
                 return
             except Exception as exc:
@@ -319,6 +443,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 break
             except OSError as exc:
                 self._sent()
+                self._watch_again()
                 self._protocol.error_received(exc)
                 return
             except Exception as exc:
@@ -363,7 +488,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         """Receive no more, send what is buffered, then call ``connection_lost(None)``."""
         if self._closing:
             return
-        self._closing = True
+        self._closing = self._interrupted = True
         self._loop.remove_reader(self._fd)
         if not self._buffer:
             self._lose(None)
@@ -393,7 +518,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             self._buffer_size = 0
             self._loop.remove_writer(self._fd)
         if not self._closing:
-            self._closing = True
+            self._closing = self._interrupted = True
             self._loop.remove_reader(self._fd)
         self._lose(exc)
 

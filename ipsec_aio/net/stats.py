@@ -41,11 +41,11 @@ class Counters:
         self.refused += 1
         self.refused_by[clause] = self.refused_by.get(clause, 0) + 1
 
-    def snapshot(self) -> IPsecStats:
-        """Return the counts of this moment."""
+    def snapshot(self, *, received: int = 0, protected: int = 0) -> IPsecStats:
+        """Return the counts of this moment, corrected by what the caller knows better."""
         return IPsecStats(
-            self.received,
-            self.protected,
+            self.received + received,
+            self.protected + protected,
             self.unknown,
             self.refused,
             MappingProxyType(dict(self.refused_by)),

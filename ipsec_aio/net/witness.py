@@ -9,7 +9,9 @@ Rules:
   waited in the receive queue since before is in doubt, until the queue was seen empty once. A
   socket that is idle when a stamp is restored is looked at right then (:meth:`Witness.watch`).
 * A verdict is kept by its raw evidence (sender and control messages) as long as the backend's
-  epoch and the stamp stay as they are, and no more than ``CACHE_LIMIT`` of them.
+  epoch and the stamp stay as they are. Kept are at most ``PROTECTED_LIMIT`` protected peers,
+  ``CACHE_LIMIT`` clear ones, and as many that are UNKNOWN or refused: none of these kinds pushes
+  out another, whatever sources are spoofed.
 * Where a policy of the socket's own stands in for the SPD, the SPD is asked here, too.
 * A backend that is closed under a running endpoint makes everything UNKNOWN; nothing raises.
 """
@@ -18,9 +20,9 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError
@@ -35,20 +37,25 @@ from ipsec_aio.kernel.sockopts import (
 )
 from ipsec_aio.wire.cmsg import ControlMessage, parse
 
+from .batch import address
+
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
     from ipsec_aio.errors import ProtectionError
     from ipsec_aio.require import Require
     from ipsec_aio.tokens import PToken
 
+    from .batch import Odd
     from .enforce import Enforcement
 
-__all__ = ["CACHE_LIMIT", "Verdict", "Witness", "runs_udp"]
+__all__ = ["CACHE_LIMIT", "PROTECTED_LIMIT", "Entry", "Verdict", "Witness", "runs_udp"]
 
 CACHE_LIMIT = 16384
+PROTECTED_LIMIT = 131072
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _WILDCARDS = (bytes(4), bytes(16))
+_TRUNCATED = socket.MSG_TRUNC | socket.MSG_CTRUNC
 
 
 def runs_udp(sock: socket.socket) -> bool:
@@ -74,6 +81,10 @@ class Verdict:
         self.unknown = token.assurance is Assurance.UNKNOWN
 
 
+Entry = tuple[Any, Verdict]
+"""A sender's address, and the verdict on its datagrams."""
+
+
 class Witness:
     """Judges the datagrams of one socket, which is bound, connected or will be bound later.
 
@@ -97,7 +108,11 @@ class Witness:
         self._require = require
         self._enforcement = enforcement
         self._ip = _runs_ip(sock)
-        self._verdicts: dict[object, Verdict] = {}
+        self._family = sock.family
+        # Welcome and known; how many of them are not protected; and all the others.
+        self._welcome: dict[object, Entry] = {}
+        self._clear = 0
+        self._others: dict[object, Entry] = {}
         self._state: object = None
         self._unsubscribe: Callable[[], None] = _nothing
         self._configured: int | None = None
@@ -131,9 +146,13 @@ class Witness:
         if stamp != self._covered and not _is_readable(self._sock):
             self._covered = stamp
 
-    def before(self) -> None:
-        """Note which stamp is in place, before receiving."""
+    def before(self) -> bool:
+        """Note which stamp is in place, before receiving.
+
+        False: something in the queue may be from before the stamp, so receive until it is empty.
+        """
         self._before = self._stamp()
+        return self._before == self._covered
 
     def after(self, *, emptied: bool) -> None:
         """Take in what the backend knows by now. ``emptied``: the receive queue was seen empty."""
@@ -148,7 +167,7 @@ class Witness:
         state = epoch, self._generation, self._gap, enforced
         if state != self._state:
             self._state = state
-            self._verdicts.clear()
+            self._forget()
         if emptied:
             self._covered = self._before
         if not self._port:
@@ -156,17 +175,70 @@ class Witness:
 
     def judge(self, addr: Any, ancillary: Sequence[ControlMessage], flags: int) -> Verdict:
         """Return the verdict on one datagram, described as ``recvmsg`` does."""
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & _TRUNCATED:
             return self._verdict(self._evidence(addr, ancillary, "truncated"))
         key = (addr, *ancillary)
-        verdict = self._verdicts.get(key)
-        if verdict is None:
-            verdict = self._verdict(self._evidence(addr, ancillary))
-            if len(self._verdicts) >= CACHE_LIMIT:
-                self._verdicts.clear()
-            if verdict is not self._when_closed:
-                self._verdicts[key] = verdict
-        return verdict
+        entry = self._welcome.get(key) or self._others.get(key)
+        return (self._learn(key, addr, ancillary) if entry is None else entry)[1]
+
+    def judge_batch(
+        self, evidence: Sequence[bytes], odd: Mapping[int, Odd]
+    ) -> tuple[list[Entry], int | None]:
+        """Return sender and verdict of datagrams that a :class:`~.batch.Batch` has received.
+
+        The number says how many are protected; then all are welcome and none is UNKNOWN. It is
+        None where that is not so, and each verdict has to be looked at.
+        """
+        found = list(map(self._welcome.get, evidence))
+        if not odd and all(found):
+            entries = cast("list[Entry]", found)
+            if not self._clear:
+                return entries, len(entries)
+            if self._clear == len(self._welcome):
+                return entries, 0
+            return entries, sum(verdict.protected for _, verdict in entries)
+        return [
+            self._judge_odd(odd[index])
+            if index in odd
+            else entry or self._others.get(beside) or self._judge_new(beside)
+            for index, (entry, beside) in enumerate(zip(found, evidence, strict=True))
+        ], None
+
+    def _judge_odd(self, odd: Odd) -> Entry:
+        beside = odd.evidence
+        if odd.flags & _TRUNCATED:
+            addr, ancillary = address(self._family, beside)
+            return addr, self._verdict(self._evidence(addr, ancillary, "truncated"))
+        return self._welcome.get(beside) or self._others.get(beside) or self._judge_new(beside)
+
+    def _judge_new(self, beside: bytes) -> Entry:
+        return self._learn(beside, *address(self._family, beside))
+
+    def _learn(self, key: object, addr: Any, ancillary: Sequence[ControlMessage]) -> Entry:
+        verdict = self._verdict(self._evidence(addr, ancillary))
+        entry = addr, verdict
+        if verdict is self._when_closed:
+            return entry
+        if verdict.unknown or verdict.error is not None:
+            if len(self._others) >= CACHE_LIMIT:
+                self._others.clear()
+            self._others[key] = entry
+            return entry
+        if verdict.protected:
+            if len(self._welcome) - self._clear >= PROTECTED_LIMIT:
+                self._forget()
+        else:
+            if self._clear >= CACHE_LIMIT:
+                kept = {k: e for k, e in self._welcome.items() if e[1].protected}
+                self._welcome, self._clear = kept, 0
+            self._clear += 1
+        self._welcome[key] = entry
+        return entry
+
+    def _forget(self) -> None:
+        self._welcome.clear()
+        self._others.clear()
+        self._clear = 0
 
     def token_of(self, addr: Any) -> PToken:
         """Return the token of what a connected peer sends at this moment: POLICY at most."""

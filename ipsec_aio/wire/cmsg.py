@@ -15,10 +15,14 @@ from dataclasses import dataclass
 
 from ipsec_aio.flow import unmap
 
-__all__ = ["Ancillary", "ControlMessage", "parse"]
+__all__ = ["Ancillary", "ControlMessage", "parse", "split"]
 
 ControlMessage = tuple[int, int, bytes]
 """Level, type and data, as ``socket.recvmsg`` returns them."""
+
+# struct cmsghdr of the running machine: size_t with the header's own length, level, type; cmsg(3).
+_HEADER = struct.Struct("@Nii")
+_ALIGNMENT = struct.calcsize("@N")
 
 # Levels and types are those of asm-generic/socket.h, linux/in.h, linux/in6.h, linux/udp.h.
 _MARK = struct.Struct("=I")
@@ -70,3 +74,16 @@ def parse(messages: Iterable[ControlMessage]) -> Ancillary:
             case _:
                 pass
     return Ancillary(mark, local, ifindex, reassembled)
+
+
+def split(control: bytes) -> list[ControlMessage]:
+    """Cut a control buffer into its messages. What has not their form ends it, as zeros do."""
+    messages: list[ControlMessage] = []
+    start, end = 0, len(control)
+    while start + _HEADER.size <= end:
+        size, level, kind = _HEADER.unpack_from(control, start)
+        if size < _HEADER.size or start + size > end:
+            break
+        messages.append((level, kind, control[start + _HEADER.size : start + size]))
+        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return messages

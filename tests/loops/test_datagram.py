@@ -16,6 +16,8 @@ from ipsec_aio import Assurance, Require, create_datagram_endpoint, current_ptok
 from ipsec_aio.net import refusals
 from ipsec_aio.net.stats import IPsecStats
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 async def pair(backend: Any, server: Any = Tokened, **options: Any) -> tuple[Any, Any, Any, Any]:
     """A server on 127.0.0.1 and a client that is connected to it."""

@@ -17,6 +17,8 @@ from ipsec_aio.kernel import sockopts
 from ipsec_aio.net import witness
 from ipsec_aio.tokens import PToken
 
+pytestmark = pytest.mark.usefixtures("way")
+
 SPI = 0x1001
 
 
@@ -286,14 +288,14 @@ class TestTime:
         await close(transport)
 
     async def test_remembered_verdicts_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(witness, "CACHE_LIMIT", 4)
+        monkeypatch.setattr(witness, "PROTECTED_LIMIT", 4)
         backend = backend_with_sa()
         transport, protocol = await endpoint(backend, HERE)
         for count in range(1, 11):
             with marked(SPI) as sock:
                 sock.sendto(b"x", transport.get_extra_info("sockname"))
                 await protocol.log.until("data", count)
-        assert len(transport._witness._verdicts) <= 4
+        assert len(transport._witness._welcome) <= 4
         await close(transport)
 
 

@@ -381,6 +381,7 @@ class TestWriting:
         far.close()
 
 
+@pytest.mark.usefixtures("way")
 class TestReading:
     @STOCK_IS_ASYNCIO
     async def test_a_refused_port_is_an_error_received(self, create: Create) -> None:
@@ -392,6 +393,44 @@ class TestReading:
         ((error,),) = await protocol.log.until("error")
         assert isinstance(error, ConnectionRefusedError)
         assert not transport.is_closing()
+        await close(transport)
+
+    @STOCK_IS_ASYNCIO
+    async def test_reading_goes_on_after_an_error(self, create: Create) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(HERE)
+            there = sock.getsockname()
+        transport, protocol = await create(Plain, remote_addr=there)
+        for turn in (1, 2):
+            transport.sendto(b"anybody?")
+            await protocol.log.until("error", turn)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.bind(there)
+                sock.sendto(b"here", transport.get_extra_info("sockname"))
+                await protocol.log.until("data", turn)
+        await close(transport)
+
+    @STOCK_IS_ASYNCIO
+    async def test_reading_goes_on_after_an_error_that_a_send_met(self, create: Create) -> None:
+        """The loop has seen the error before the send takes it away."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(HERE)
+            there = sock.getsockname()
+        transport, protocol = await create(Plain, remote_addr=there)
+        loop = asyncio.get_running_loop()
+        near, far = socket.socketpair()
+        loop.add_reader(near.fileno(), lambda: (near.recv(1), transport.sendto(b"second")))
+        await asyncio.sleep(0)
+        far.send(b"x")
+        transport.sendto(b"anybody?")
+        await protocol.log.until("error")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(there)
+            sock.sendto(b"here", transport.get_extra_info("sockname"))
+            await protocol.log.until("data")
+        loop.remove_reader(near.fileno())
+        near.close()
+        far.close()
         await close(transport)
 
     @STOCK_IS_ASYNCIO
@@ -548,6 +587,7 @@ class TestReading:
                 pass
 
         transport, protocol = await create_datagram_endpoint(Plain, HERE, backend=memory())
+        transport._batch = None
         real, transport._sock = transport._sock, Broken()  # type: ignore[assignment]
         assert real is not None
         real.sendto(b"x", real.getsockname())
@@ -573,6 +613,7 @@ class TestReading:
                 self.real.close()
 
         transport, protocol = await create_datagram_endpoint(Plain, HERE, backend=memory())
+        transport._batch = None
         assert transport._sock is not None
         real = transport._sock
         transport._sock = Nothing(real)  # type: ignore[assignment]

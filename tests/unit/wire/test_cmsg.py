@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsec_aio.wire.cmsg import Ancillary, parse
+from ipsec_aio.wire.cmsg import Ancillary, ControlMessage, parse, split
 
 MARK = (socket.SOL_SOCKET, 36, struct.pack("=I", 0x01100000))
 PKTINFO = (
@@ -97,3 +97,35 @@ def test_no_bytes_make_it_raise_or_claim(messages: list[tuple[int, int, bytes]])
     else:
         assert (told.mark is None) == (not any(m[:2] == (1, 36) for m in messages))
         assert len(told.local) in (0, 4, 16)
+
+
+def written(messages: list[ControlMessage]) -> bytes:
+    """As the kernel writes them: aligned to the size of a long."""
+    buffer = b""
+    for level, kind, data in messages:
+        size = 16 + len(data)
+        buffer += struct.pack("@Nii", size, level, kind) + data + bytes(-size % 8)
+    return buffer
+
+
+MESSAGE = st.tuples(st.integers(0, 300), st.integers(0, 300), st.binary(max_size=50))
+
+
+@given(st.lists(MESSAGE, max_size=6), st.integers(0, 40))
+def test_a_buffer_is_cut_into_its_messages(messages: list[ControlMessage], zeros: int) -> None:
+    assert split(written(messages) + bytes(zeros)) == messages
+
+
+@given(st.lists(MESSAGE, min_size=1, max_size=4), st.data())
+def test_a_cut_buffer_has_only_whole_messages(
+    messages: list[ControlMessage], data: st.DataObject
+) -> None:
+    buffer = written(messages)
+    cut = split(buffer[: data.draw(st.integers(0, len(buffer)))])
+    assert cut == messages[: len(cut)]
+
+
+@given(st.binary(max_size=300))
+def test_any_buffer_can_be_cut(buffer: bytes) -> None:
+    for level, kind, data in split(buffer):
+        assert struct.pack("@ii", level, kind) + data in buffer
