@@ -408,6 +408,8 @@ class IKETable:
         self.limit = limit
         self.epoch = 0
         """Changes with every change of what can be found."""
+        self.arrivals = 0
+        """Changes when an IKE SA came to be known."""
         self.synced = False
         self._sas: dict[int, IKESA] = {}
         self._children: dict[int, _Entry] = {}
@@ -641,6 +643,9 @@ class IKETable:
         self, ike: IKESA, children: Iterable[ChildSA], now: float, told: float | None = None
     ) -> None:
         """Put an IKE SA, and some of its children, in place of what is known of them."""
+        before = self._sas.get(ike.unique_id)
+        if before is None or before.key != ike.key:
+            self.arrivals += 1
         self._sas[ike.unique_id] = ike
         for unique_id in self._of_ike[ike.key]:
             self._children[unique_id].ike = ike

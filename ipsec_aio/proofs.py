@@ -72,14 +72,20 @@ class Proofs:
 
     def __init__(self, table: IKETable) -> None:
         self.table = table
-        self._connections: dict[str, Connection] = {}
-        self._done: float | None = None
+        # Each connection, and the end of the first listing that had it as it is.
+        self._connections: dict[str, tuple[Connection, float]] = {}
         self._judged: dict[IKEKey, Identities] = {}
+        self._arrivals = table.arrivals
 
     @property
     def wants(self) -> bool:
         """Whether there are IKE SAs to be judged."""
-        return any(self._origin(ike) not in self._judged for ike in self.table.parents())
+        if self._arrivals != self.table.arrivals:
+            arrivals = self.table.arrivals
+            if self._unjudged():
+                return True
+            self._arrivals = arrivals
+        return False
 
     def ends(self, ike: IKESA) -> Identities | None:
         """Return the identities of both ends, None where the IKE SA is not judged yet."""
@@ -99,14 +105,13 @@ class Proofs:
             if came is not None and came > began:
                 continue  # it may have used what was loaded after it was listed
             connection = known.get(ike.name)
-            proven = (
-                came is not None
-                and self._done is not None
-                and self._done <= came
-                and connection == self._connections.get(ike.name)
-            )
+            before, since = self._connections.get(ike.name, (None, now))
+            proven = came is not None and since <= came and connection == before
             self._judge(ike, connection if proven else None, certificates)
-        self._connections, self._done = known, now
+        previous, self._connections = self._connections, {}
+        for name, connection in known.items():
+            before, since = previous.get(name, (None, now))
+            self._connections[name] = connection, since if before == connection else now
         kept = {self._origin(ike) for ike in self.table.parents()}
         self._judged = {key: ends for key, ends in self._judged.items() if key in kept}
 
@@ -114,7 +119,7 @@ class Proofs:
         """Judge what is to be judged without any listing, and believe no earlier one."""
         for ike, _ in self._unjudged():
             self._judge(ike, None, ())
-        self._connections, self._done = {}, None
+        self._connections.clear()
 
     def _origin(self, ike: IKESA) -> IKEKey:
         return self.table.origin(ike.key)

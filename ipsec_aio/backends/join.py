@@ -14,11 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Final
 
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
-from ipsec_aio.events import SAAdded, SAMapped
+from ipsec_aio.events import SAAdded
 from ipsec_aio.ike import decode_connection
 from ipsec_aio.join import Join
 from ipsec_aio.proofs import Listed, Proofs, decode_certificate
@@ -40,6 +40,8 @@ _log: Final = logging.getLogger("ipsec_aio.ike")
 _START_SECONDS: Final = 10.0
 # Identities wait for it: an answer that takes longer is none.
 _PROOF_SECONDS: Final = 1.0
+# How old what is known of charon's configuration may get before an IKE SA comes up under it.
+_PROOF_INTERVAL: Final = 10.0
 
 
 class XfrmViciBackend(XfrmBackend):
@@ -66,6 +68,7 @@ class XfrmViciBackend(XfrmBackend):
         self._proofs = Proofs(self.watcher.table)
         self._join = Join(self.mirror, self.watcher.table, self._proofs.ends)
         self._proving: asyncio.Task[None] | None = None
+        self._unproved = asyncio.Event()
         self._heard = self.watcher.table.epoch
         self.resolver.identified = True
 
@@ -88,6 +91,8 @@ class XfrmViciBackend(XfrmBackend):
             await self.watcher.__aenter__()
             async with asyncio.timeout(_START_SECONDS):
                 await self.watcher.synced()
+            await self._judge()
+            self._proving = asyncio.create_task(self._prove())
         except TimeoutError as error:
             await self.aclose()
             raise BackendUnavailable(
@@ -102,7 +107,8 @@ class XfrmViciBackend(XfrmBackend):
         # On a closed loop there is nobody to tell; after a fork they are the parent's.
         gone = self.resolver.stale or (self.loop is not None and self.loop.is_closed())
         if not self.closed and not gone:
-            self.check_loop()
+            if self.loop is not None:
+                self.check_loop()
             if self._proving is not None:
                 self._proving.cancel()
                 await asyncio.wait([self._proving])
@@ -128,22 +134,15 @@ class XfrmViciBackend(XfrmBackend):
         self._heard = self.watcher.table.epoch
         with self._lock:
             self.identities_changed()
-        if self._proofs.wants and self._proving is None:
-            self._proving = asyncio.create_task(self._prove())
-            self._proving.add_done_callback(self._proved)
+        self._unproved.set()
 
     def _take_event(self, event: Event) -> None:
         super()._take_event(event)
-        # Moved, or its number used again: what charon said before is not of this one.
         if isinstance(event, SAAdded):
+            # Moved, or its number used again: what charon said before is not of this one.
             again = self._join.of_number(event.sa)
-        elif isinstance(event, SAMapped):
-            moved = self.mirror.get(event.key)
-            again = () if moved is None else self._join.of_number(moved)
-        else:
-            return
-        if again:
-            self.watcher.look_again(*again)
+            if again:
+                self.watcher.look_again(*again)
 
     async def _load(self) -> None:
         await super()._load()
@@ -151,13 +150,20 @@ class XfrmViciBackend(XfrmBackend):
 
     # Proofs
 
-    def _proved(self, task: asyncio.Task[None]) -> None:
-        self._proving = None
-        if not task.cancelled():
-            task.result()
-
     async def _prove(self) -> None:
-        """Judge IKE SAs that came up, until none is left."""
+        """Judge IKE SAs as they come up, and know beforehand what connections there are."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PROOF_INTERVAL):
+                    await self._unproved.wait()
+            if self._unproved.is_set():
+                self._unproved.clear()
+                await self._judge()
+            elif self.watcher.table.synced:
+                await self._list_proofs()
+
+    async def _judge(self) -> None:
+        """Judge IKE SAs until none is left that was not."""
         while self._proofs.wants:
             await self._list_proofs()
             with self._lock:
@@ -168,7 +174,8 @@ class XfrmViciBackend(XfrmBackend):
         try:
             async with asyncio.timeout(_PROOF_SECONDS):
                 connections = await self._connections()
-                certificates = await self._certificates()
+                signing = any(r.kind == "public key" for c in connections for r in c.remote)
+                certificates = await self._certificates() if signing else []
         except (BackendError, CodecError, TimeoutError) as error:
             _log.warning("charon's configuration cannot be listed: %s", error)
             self._proofs.failed()

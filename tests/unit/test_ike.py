@@ -661,3 +661,64 @@ class Daemon(RuleBasedStateMachine):
 
 
 TestDaemon = Daemon.TestCase
+
+
+class TestOrigins:
+    """When charon spoke of what, and where IKE SAs come from."""
+
+    def test_charon_s_last_word_on_a_child(self):
+        table = synced(sa(ike(1), child(1)))
+        (known,) = table.children(table.sas()[0])
+        assert table.told(known) == float("-inf"), "nobody said when that was"
+        table.apply("child-updown", up(ike(1), child(1)), 5.0)
+        assert table.told(known) == 5.0
+        table.apply("child-updown", sa(ike(1), child(1)), 6.0)
+        assert table.told(known) == 5.0, "the word that it ended is none on its SA"
+        table.advance(1e9)
+        assert table.told(known) == float("-inf")
+
+    def test_a_listing_is_as_of_its_beginning(self):
+        table = synced()
+        table.begin_resync(3.0)
+        table.load(sa(ike(1), child(1)))
+        table.finish_resync(9.0)
+        (known,) = table.children(table.sas()[0])
+        assert table.told(known) == 3.0
+
+    def test_an_ike_sa_came_up_and_was_rekeyed(self):
+        table = synced(sa(ike(7)))
+        table.apply("ike-updown", up(ike(1)), 5.0)
+        table.apply("ike-updown", up(ike(1)), 6.0)
+        first = table.sas()[-1].key
+        assert (table.came(first), table.origin(first)) == (5.0, first)
+        for number in (2, 3):
+            table.apply("ike-rekey", {"conn": {"old": ike(number - 1), "new": ike(number)}}, 7.0)
+        last = table.sas()[-1].key
+        assert (table.came(last), table.origin(last)) == (5.0, first)
+        assert table.came(table.sas()[0].key) is None, "it was there"
+
+    def test_parents_of_what_is_not_forgotten(self):
+        table = synced()
+        table.apply("ike-updown", up(ike(1)), 5.0)
+        table.apply("child-updown", up(ike(1), child(1)), 5.0)
+        table.apply("ike-updown", sa(ike(1)), 6.0)
+        assert table.sas() == ()
+        assert [each.unique_id for each in table.parents()] == [1]
+        table.advance(1e9)
+        assert table.parents() == ()
+
+    def test_beginnings_are_forgotten_with_the_rest(self):
+        table = synced()
+        for number in range(1, 500):
+            table.apply("ike-updown", up(ike(number)), 5.0)
+            table.apply("ike-updown", sa(ike(number)), 6.0)
+        assert len(table._came) < 70
+        assert not table._origins
+
+    def test_arrivals_are_counted(self):
+        table = synced(sa(ike(1), child(1)))
+        count = table.arrivals
+        table.apply("child-updown", up(ike(1), child(2)), 5.0)
+        assert table.arrivals == count
+        table.apply("ike-updown", up(ike(2)), 5.0)
+        assert table.arrivals != count

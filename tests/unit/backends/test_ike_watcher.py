@@ -238,3 +238,73 @@ async def test_the_client_is_closed_first(charon, client, watcher, changes):
     await changes.until(lambda: not watcher.table.synced)
     with pytest.raises(BackendUnavailable):
         await watcher.synced()
+
+
+def listings(charon):
+    return [packet.message for packet in charon.asked if packet.name == "list-sas"]
+
+
+async def test_ike_sas_can_be_listed_again(charon, watcher, changes):
+    charon.lists(recorded("psk up", "list-sas"))
+    await watcher.synced()
+    (sa,) = watcher.table.sas()
+    (child,) = watcher.table.children(sa)
+    before = watcher.table.told(child)
+    watcher.look_again(sa.unique_id)
+    watcher.look_again(sa.unique_id)
+    await changes.until(lambda: watcher.table.told(child) > before)
+    assert listings(charon) == [{}, {"ike-id": b"1"}]
+
+
+async def test_everything_can_be_listed_again(charon, watcher, changes):
+    await watcher.synced()
+    charon.lists(recorded("psk up", "list-sas"))
+    watcher.look_again()
+    await changes.until(lambda: names(watcher) == ["a@example.org"])
+    assert watcher.table.synced
+    assert listings(charon) == [{}, {}]
+
+
+async def test_what_cannot_be_listed_again_has_all_listed_again(charon, watcher, changes):
+    charon.lists(recorded("psk up", "list-sas"))
+    await watcher.synced()
+    refused = Packet(PacketType.CMD_RESPONSE, "", {"success": b"no"}), []
+    charon.answers["list-sas"] = refused
+    watcher.look_again(1)
+    async with asyncio.timeout(10):
+        await charon.until(lambda: len(listings(charon)) > 2)
+    charon.lists([])
+    await changes.until(lambda: names(watcher) == [])
+    assert watcher.table.synced
+
+
+async def test_without_charon_nothing_is_listed(charon, watcher, changes):
+    await watcher.synced()
+    await charon.stop()
+    await changes.until(lambda: not watcher.table.synced)
+    changes.event.clear()
+    watcher.look_again(1)
+    await changes.event.wait()
+    charon.lists(recorded("psk up", "list-sas"))
+    await charon.start()
+    await watcher.synced()
+    assert names(watcher) == ["a@example.org"]
+
+
+async def test_a_watcher_that_was_not_entered_or_is_closed_lists_nothing(client):
+    watcher = IKEWatcher(client)
+    watcher.look_again(1)
+    async with watcher:
+        await watcher.synced()
+    watcher.look_again(1)
+
+
+async def test_its_clock_is_asked_before_anything_is_taken_in(charon, client):
+    times = iter(range(100, 1000))
+    async with IKEWatcher(client, clock=lambda: float(next(times))) as watcher:
+        charon.lists(recorded("psk up", "list-sas"))
+        await watcher.synced()
+        (sa,) = watcher.table.sas()
+        (child,) = watcher.table.children(sa)
+        assert watcher.table.told(child) == 100.0, "when the listing was asked for"
+        assert watcher.find(LOCAL, IPPROTO_ESP, child.spi_in)

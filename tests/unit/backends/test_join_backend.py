@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
-from fake_netlink import FakeKernel
-from joined_bench import Charon, JoinedBench, joined, until
+import asyncio
+import errno
 
+import pytest
+import xfrm_messages as m
+from fake_netlink import FakeKernel
+from joined_bench import Charon, JoinedBench, joined, known, until
+from xfrm_bench import synced
+
+from ipsec_aio.backends import join as module
+from ipsec_aio.backends import open_backend
+from ipsec_aio.backends.join import XfrmViciBackend
+from ipsec_aio.errors import BackendDenied, BackendUnavailable
+from ipsec_aio.flow import pack_address
+from ipsec_aio.identity import AuthenticationMethod
 from ipsec_aio.testing.conformance import Arrivals, IdentityConformance
+
+ALICE, BOB = "alice.example.org", "bob.example.org"
 
 
 @pytest.fixture
@@ -35,16 +48,17 @@ class TestConformance(IdentityConformance):
     """With the stamp of this machine's kernel, and all the rest in memory."""
 
 
-ALICE, BOB = "alice.example.org", "bob.example.org"
-
-
 class TestJoining(Arrivals):
+    async def of(self, bench, peer, spi=0x1001):
+        await self._sa(bench, spi)
+        await bench.identify(src=bench.peer, dst=bench.local, spi=spi, peer=peer, local="me")
+
     async def test_charon_s_end_takes_nothing_back(self, bench, charon):
-        await self._sa(bench, 0x1001)
-        await bench.identify(src=bench.peer, dst=bench.local, spi=0x1001, peer=ALICE, local="me")
+        backend = bench.backend
+        await self.of(bench, ALICE)
         token = await self._arrive(bench, 0x1001)
         await charon.stop()
-        await until(bench.backend, lambda: not bench.backend.watcher.table.synced)
+        await until(backend, lambda: not backend.watcher.table.synced)
         assert await self._arrive(bench, 0x1001) is token
         await self._sa(bench, 0x1002)
         late = await self._arrive(bench, 0x1002)
@@ -55,5 +69,143 @@ class TestJoining(Arrivals):
         charon.ikes.clear()
         charon.list_sas()
         await charon.start()
-        await until(bench.backend, lambda: bench.backend.watcher.table.synced)
+        await until(backend, lambda: backend.watcher.table.synced)
         assert await self._arrive(bench, 0x1001) is token
+
+    async def test_after_a_loss_charon_is_asked_again(self, bench):
+        await self.of(bench, ALICE)
+        token = await self._arrive(bench, 0x1001)
+        await bench.lose_events()
+        await synced(bench.backend)
+        await until(bench.backend, lambda: known(bench.backend, 0x1001))
+        assert await self._arrive(bench, 0x1001) is token
+
+    async def test_a_peer_that_moved_is_the_same_when_charon_says_so(self, bench, charon):
+        await self.of(bench, ALICE)
+        token = await self._arrive(bench, 0x1001)
+        # charon takes the SA away and puts it back with other addresses.
+        await bench.delete_sa(src=bench.peer, dst=bench.local, spi=0x1001)
+        charon.ikes[1]["net"]["remote-host"] = bench.other.encode()
+        charon.list_sas()
+        await self._sa(bench, 0x1001, src=bench.other)
+        moved = await self._arrive(bench, 0x1001, bench.other)
+        assert moved.peer is None
+        await until(bench.backend, lambda: known(bench.backend, 0x1001))
+        settled = await moved.resolved(5)
+        assert settled.peer == token.peer
+        assert settled is not token
+
+    async def test_how_it_was_proved(self, bench, charon):
+        remote = {"id": ALICE.encode(), "class": b"pre-shared key"}
+        charon.list("conns", {"net": {"version": b"IKEv2", "remote-1": remote}})
+        await bench.backend._list_proofs()
+        await self.of(bench, ALICE)
+        peer = (await self._arrive(bench, 0x1001)).peer
+        assert peer.authentication_method is AuthenticationMethod.PRESHAREDKEY
+
+    async def test_configuration_is_known_beforehand(self, bench, charon, monkeypatch):
+        bench.backend._unproved.set()
+        monkeypatch.setattr(module, "_PROOF_INTERVAL", 0.001)
+        charon.asked.clear()
+        charon.list("conns", {"net": {"remote-1": {"class": b"public key"}}})
+        async with asyncio.timeout(10):
+            await charon.until(
+                lambda: {"list-conns", "list-certs"} <= {p.name for p in charon.asked}
+            )
+
+    async def test_what_is_not_proved_is_told_without(self, bench, charon, caplog):
+        charon.list("conns", {"net": {}, "more": {}})
+        await self.of(bench, ALICE)
+        peer = (await self._arrive(bench, 0x1001)).peer
+        assert peer.authentication_method is None
+        assert "configuration cannot be listed" in caplog.text
+
+    async def test_a_charon_that_keeps_silent_of_it(self, bench, charon, monkeypatch):
+        monkeypatch.setattr(module, "_PROOF_SECONDS", 0.01)
+        charon.answers["list-conns"] = None
+        await self.of(bench, ALICE)
+        assert (await self._arrive(bench, 0x1001)).peer is not None
+
+    async def test_certificates_without_their_package(self, bench, charon, monkeypatch):
+        def missing(message):
+            raise ImportError("cryptography")
+
+        monkeypatch.setattr(module, "decode_certificate", missing)
+        charon.list("conns", {"net": {"remote-1": {"class": b"public key"}}})
+        charon.list("certs", {"type": b"X509", "data": b"x"})
+        await self.of(bench, ALICE)
+        assert str((await self._arrive(bench, 0x1001)).peer) == ALICE
+
+    async def test_end_of_a_peer(self, bench, charon):
+        await self.of(bench, ALICE)
+        token = await self._arrive(bench, 0x1001)
+        charon.goes(charon.ike(ALICE))
+        await until(bench.backend, lambda: not bench.backend.watcher.table.sas())
+        assert await self._arrive(bench, 0x1001) is token, "as long as the kernel has its SA"
+        await bench.delete_sa(src=bench.peer, dst=bench.local, spi=0x1001)
+        bench.backend.drain()
+        assert not token.alive
+
+
+# Opening and closing
+
+
+async def test_what_was_there_before(kernel, charon, netns):
+    charon.comes(charon.ike(ALICE), charon.child(0x1001))
+    kernel.sas.append(m.sa_info(pack_address("192.0.2.2"), pack_address("192.0.2.1")) + m.GCM)
+    backend = await joined(kernel, charon, stamp="off")
+    assert known(backend, 0x1001)
+    await backend.aclose()
+    await backend.aclose()
+    assert backend.watcher.table.synced is False
+
+
+async def test_opening_by_name(charon, netns):
+    async with open_backend("xfrm+vici", vici=f"unix://{charon.path}", stamp="off") as backend:
+        assert isinstance(backend, XfrmViciBackend)
+        assert backend.name == "xfrm+vici"
+        assert backend.watcher.table.synced
+        with pytest.raises(BackendUnavailable, match="started once"):
+            await backend.start()
+
+
+async def test_without_charon(tmp_path, netns):
+    with pytest.raises(BackendUnavailable, match="is charon running, with its vici plugin") as seen:
+        async with open_backend("xfrm+vici", vici=str(tmp_path / "none")):
+            pass
+    assert seen.value.errno == errno.ENOENT
+
+
+async def test_the_default_address_is_strongswan_s(kernel):
+    backend = XfrmViciBackend(socket_factory=kernel.socket)
+    assert backend.client.address == "unix:///var/run/charon.vici"
+    await backend.aclose()
+
+
+async def test_without_permission(kernel, charon, monkeypatch):
+    def refused(*args, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(asyncio, "open_unix_connection", refused)
+    with pytest.raises(BackendDenied, match=r"charon\.group"):
+        await joined(kernel, charon, stamp="off")
+
+
+async def test_without_the_kernel(kernel, charon, netns):
+    kernel.refuse[6] = PermissionError(errno.EPERM, "Operation not permitted")
+    with pytest.raises(BackendDenied):
+        await joined(kernel, charon, stamp="off")
+    assert not charon.clients or await charon.until(lambda: not charon.clients) is None
+
+
+async def test_a_charon_that_lists_nothing(kernel, charon, netns, monkeypatch):
+    monkeypatch.setattr(module, "_START_SECONDS", 0.05)
+    charon.answers["list-sas"] = None
+    with pytest.raises(BackendUnavailable, match="did not list its SAs"):
+        await joined(kernel, charon, stamp="off")
+
+
+async def test_a_charon_that_knows_no_such_events(kernel, charon, netns):
+    charon.known -= {"ike-rekey"}
+    with pytest.raises(Exception, match="no such event"):
+        await joined(kernel, charon, stamp="off")

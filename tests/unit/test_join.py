@@ -1,0 +1,298 @@
+"""Whose SA an SA is: charon's word, the moment it was said, and SPIs that are used again."""
+
+from __future__ import annotations
+
+import pytest
+from sas import ah, comp, esp
+from test_ike import LOCAL, MOVED, PEER, child, ike, sa, synced, up
+
+from ipsec_aio.enums import Direction
+from ipsec_aio.events import SAAdded, SADeleted, SAMapped
+from ipsec_aio.flow import Mark
+from ipsec_aio.identities import UNIDENTIFIED, Awaited, Identities
+from ipsec_aio.identity import IToken
+from ipsec_aio.join import Join
+from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
+from ipsec_aio.tokens import PENDING_SECONDS
+
+ALICE, BOB = (Identities(None, IToken.named(f"peer{n}")) for n in (1, 2))
+SPI = 0x1001
+
+
+def of(spi=SPI, source=PEER, destination=LOCAL, **fields):
+    return esp(spi, source, destination, **fields)
+
+
+class Bench:
+    """A kernel's SAs and a charon's word on them, at a time."""
+
+    def __init__(self, *listed) -> None:
+        self.now = 100.0
+        self.table = synced(*listed)
+        self.mirror = Mirror()
+        self.mirror.begin_resync(0)
+        self.mirror.finish_resync(0)
+        self.pending: set[str] = set()
+        self.join = Join(self.mirror, self.table, self.ends)
+
+    def ends(self, sa):
+        name = sa.peer_id
+        return None if name in self.pending else Identities(None, IToken.named(name))
+
+    def add(self, sa):
+        self.now += 0.01
+        self.mirror.apply(SAAdded(sa), self.now)
+        return self.mirror.sad._records[sa.key]
+
+    def remove(self, sa) -> None:
+        self.now += 0.01
+        self.mirror.apply(SADeleted(sa.key), self.now)
+
+    def say(self, name, message):
+        self.now += 0.01
+        return self.table.apply(name, message, self.now)
+
+    def list_again(self, *listed) -> None:
+        self.now += 0.01
+        self.table.begin_resync(self.now)
+        for message in listed:
+            self.table.load(message)
+        self.table.finish_resync(self.now)
+
+    def ask(self, record):
+        return self.join.identities_of(record, self.now)
+
+
+def test_charon_reports_what_it_installed():
+    bench = Bench()
+    record = bench.add(of())
+    assert bench.ask(record) == Awaited(record.added + PENDING_SECONDS)
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == ALICE
+
+
+def test_who_it_is_may_take_a_moment_more():
+    bench = Bench()
+    bench.pending.add("peer1")
+    record = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == Awaited(record.added + PENDING_SECONDS)
+    bench.now += PENDING_SECONDS
+    assert bench.ask(record) == UNIDENTIFIED
+    bench.pending.clear()
+    assert bench.ask(record) == ALICE
+
+
+def test_nobody_is_waited_for_long():
+    bench = Bench()
+    record = bench.add(of())
+    bench.now += PENDING_SECONDS + 0.1
+    assert bench.ask(record) == UNIDENTIFIED
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == ALICE
+
+
+@pytest.mark.parametrize(
+    "sa",
+    [
+        comp(SPI, PEER, LOCAL),
+        of(direction=Direction.OUT),
+    ],
+)
+def test_what_vouches_for_nobody_is_not_waited_for(sa):
+    assert Bench().ask(Bench().add(sa)) == UNIDENTIFIED
+
+
+@pytest.mark.parametrize(
+    "sa",
+    [ah(SPI, PEER, LOCAL), of(destination=MOVED), of(SPI + 7), of(0x2001)],
+    ids=["protocol", "destination", "number", "the other way"],
+)
+def test_an_sa_of_another_name_is_another(sa):
+    bench = Bench()
+    record = bench.add(sa)
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == Awaited(record.added + PENDING_SECONDS)
+
+
+def test_what_was_said_before_an_sa_came_is_of_another():
+    bench = Bench(sa(ike(1), child(1)))
+    record = bench.add(of())
+    assert isinstance(bench.ask(record), Awaited)
+    assert bench.join.of_number(record.sa) == (1,)
+    bench.list_again(sa(ike(2), child(2, spi=SPI)))
+    assert bench.ask(record) == BOB
+
+
+def test_a_listing_counts_from_its_beginning():
+    bench = Bench()
+    bench.table.begin_resync(bench.now)
+    record = bench.add(of())
+    bench.table.load(sa(ike(1), child(1)))
+    bench.now += 1
+    bench.table.finish_resync(bench.now)
+    assert isinstance(bench.ask(record), Awaited)
+
+
+def test_a_rekeyed_child_and_its_successor():
+    bench = Bench()
+    old = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    new = bench.add(of(SPI + 1))
+    section = {"old": child(1, "REKEYED"), "new": child(2)}
+    bench.say("child-rekey", {"conn": ike(1) | {"child-sas": {"net": section}}})
+    assert bench.ask(old) == bench.ask(new) == ALICE
+    bench.now += bench.table.linger + 1
+    bench.table.advance(bench.now)
+    assert bench.ask(old) == ALICE, "it is known"
+
+
+def test_what_is_known_stays_whatever_becomes_of_charon():
+    bench = Bench()
+    record = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == ALICE
+    bench.list_again()
+    bench.now += 100
+    bench.table.advance(bench.now)
+    assert bench.ask(record) == ALICE
+    bench.remove(record.sa)
+    assert bench.ask(record) == ALICE
+
+
+def test_the_newest_word_counts():
+    bench = Bench()
+    record = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == ALICE
+    bench.say("child-updown", up(ike(1, remote_id=b"peer2"), child(1)))
+    assert bench.ask(record) == BOB
+
+
+def test_a_number_that_is_used_again():
+    bench = Bench()
+    hers = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    # Nobody asked for hers before it was gone.
+    bench.remove(hers.sa)
+    his = bench.add(of())
+    assert bench.ask(hers) == Awaited(hers.added + PENDING_SECONDS)
+    assert isinstance(bench.ask(his), Awaited), "what was said was of hers"
+    bench.say("child-updown", up(ike(2), child(2, spi=SPI)))
+    assert bench.ask(his) == BOB
+    bench.now += PENDING_SECONDS
+    assert bench.ask(hers) == UNIDENTIFIED, "nobody can tell any more"
+
+
+def test_a_removed_sa_may_be_named_while_its_number_is_nobody_else_s():
+    bench = Bench()
+    record = bench.add(of())
+    bench.remove(record.sa)
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == ALICE
+
+
+def test_sas_of_one_number_are_told_apart_by_mark_and_interface():
+    bench = Bench()
+    plain, marked, bound = (
+        bench.add(of()),
+        bench.add(of(mark=Mark(5, 0xFFFFFFFF))),
+        bench.add(of(if_id=9)),
+    )
+    bench.say("child-updown", up(ike(1), child(1) | {"mark-in": b"00000005"}))
+    assert bench.ask(marked) == ALICE
+    assert isinstance(bench.ask(plain), Awaited)
+    assert isinstance(bench.ask(bound), Awaited)
+    bench.say("child-updown", up(ike(2), child(2, spi=SPI) | {"if-id-in": b"00000009"}))
+    assert (bench.ask(marked), bench.ask(bound)) == (ALICE, BOB)
+    bench.now += PENDING_SECONDS
+    assert bench.ask(plain) == UNIDENTIFIED
+
+
+def test_charon_that_contradicts_itself_names_nobody():
+    bench = Bench()
+    record = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    bench.say("child-updown", up(ike(2), child(2, spi=SPI)))
+    assert bench.ask(record) == UNIDENTIFIED
+
+
+def test_a_mark_that_charon_does_not_put_on_the_sa_is_no_hindrance():
+    bench = Bench()
+    record = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1) | {"mark-in": b"00000005"}))
+    assert bench.ask(record) == ALICE
+
+
+def test_a_new_address_makes_it_another_until_charon_says_so_again():
+    bench = Bench()
+    record = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(record) == ALICE
+    bench.now += 1
+    bench.mirror.apply(SAMapped(record.sa.key, 0, PEER, MOVED, 4500, 4501), bench.now)
+    (moved,) = bench.mirror.sad.numbered(SPI)
+    assert isinstance(bench.ask(moved), Awaited)
+    bench.now += 0.1
+    bench.table.refresh(sa(ike(1, remote_host=b"192.0.2.3"), child(1)), bench.now)
+    assert (bench.ask(moved), bench.ask(record)) == (ALICE, ALICE)
+
+
+# By reqid
+
+
+@pytest.fixture
+def reqids():
+    bench = Bench(sa(ike(1), child(1, reqid=7)), sa(ike(2), child(2, reqid=8)))
+    record = bench.add(of(0x9999, reqid=7))
+    return bench, record
+
+
+def test_a_reqid_names_a_peer_if_it_is_his_alone(reqids):
+    bench, record = reqids
+    assert isinstance(bench.ask(record), Awaited)
+    bench.now += PENDING_SECONDS + 0.1
+    assert bench.ask(record) == ALICE
+    bench.say("child-updown", up(ike(2), child(3, reqid=7)))
+    assert bench.ask(record) == UNIDENTIFIED, "not any more"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        of(0x9999),
+        of(0x9999, reqid=9),
+        of(0x9999, MOVED, reqid=7),
+        of(0x9999, destination=MOVED, reqid=7),
+        of(0x9999, reqid=7, if_id=3),
+        of(0x9999, reqid=7, mode=1),
+        ah(0x9999, PEER, LOCAL, reqid=7),
+        of(0x1002, reqid=7),
+    ],
+)
+def test_a_reqid_names_nobody_otherwise(reqids, other):
+    bench, _ = reqids
+    record = bench.add(other)
+    bench.now += PENDING_SECONDS + 0.1
+    assert bench.ask(record) == UNIDENTIFIED
+
+
+def test_a_reqid_does_not_count_while_charon_is_away_nor_for_what_is_gone(reqids):
+    bench, record = reqids
+    bench.now += PENDING_SECONDS + 0.1
+    bench.table.begin_resync(bench.now)
+    assert bench.ask(record) == UNIDENTIFIED
+    bench.table.finish_resync(bench.now)
+    bench.remove(record.sa)
+    assert bench.ask(record) == UNIDENTIFIED
+
+
+def test_a_reqid_whose_children_are_gone_names_nobody(reqids):
+    bench, record = reqids
+    bench.now += PENDING_SECONDS
+    bench.say("child-updown", sa(ike(1), child(1, reqid=7)))
+    assert bench.ask(record) == UNIDENTIFIED
+
+
+def test_tombstones_outlive_no_word_of_charon():
+    assert synced().linger > TOMBSTONE_SECONDS
