@@ -18,11 +18,11 @@ from typing import Generic, NamedTuple, TypeVar
 
 __all__ = ["LIMIT", "LIMIT_BYTES", "PEER_LIMIT", "Hold", "Outcome"]
 
-LIMIT = 1024
+LIMIT = 4096
 """How many items wait at once."""
-LIMIT_BYTES = 4 << 20
+LIMIT_BYTES = 8 << 20
 """How many bytes wait at once."""
-PEER_LIMIT = 64
+PEER_LIMIT = 256
 """How many items of one peer wait at once."""
 
 T = TypeVar("T")
@@ -93,10 +93,10 @@ class Hold(Generic[T]):
         """Yield the items that wait no longer, each peer's in order, and how their waiting ended.
 
         ``judge(item)`` says whether an item is admitted, None where that is not known yet. Each
-        item has left before it is yielded. The iterator must not be kept while items are added.
+        item has left before it is yielded. While the iterator is in use nothing may be added.
         """
         for peer in list(self._queues):
-            queue = self._queues[peer]
+            queue = self._queues.get(peer)
             while queue:
                 held = queue[0]
                 answer = judge(held.item)
@@ -112,6 +112,8 @@ class Hold(Generic[T]):
     def clear(self) -> int:
         """Drop everything; return how many items that were."""
         dropped, self._count, self._bytes = self._count, 0, 0
+        for queue in self._queues.values():
+            queue.clear()
         self._queues.clear()
         return dropped
 

@@ -12,7 +12,8 @@ Rules:
   own datagram.
 * Datagrams that are all welcome are delivered as one batch, with no look at their verdicts; all
   others one by one, by way of the backlog.
-* What does not meet the requirement is dropped, counted and reported (:mod:`.refusals`).
+* What does not meet the requirement is dropped, counted and reported (:mod:`.refusals`). What may
+  meet it yet is held, and nothing that its host sends overtakes it (:mod:`.waiting`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from operator import length_hint
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
+from ipsec_aio.errors import ProtectionError
 from ipsec_aio.log import net_logger
 
 from .batch import CONTROL, SLOTS, batch_for
@@ -36,15 +38,15 @@ from .context import current
 from .protocols import DatagramProtocol, takes_token
 from .refusals import Refusals
 from .stats import Counters, IPsecStats
-from .witness import runs_udp
+from .waiting import Waiting
+from .witness import Verdict, runs_udp
 
 if TYPE_CHECKING:
-    from ipsec_aio.errors import ProtectionError
     from ipsec_aio.tokens import PToken
 
     from .batch import Batch
     from .protocols import TokenProtocol
-    from .witness import Entry, Verdict, Witness
+    from .witness import Entry, Witness
 
     AnyProtocol = asyncio.BaseProtocol | TokenProtocol
 
@@ -86,6 +88,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         witness: Witness,
         *,
         address: Any = None,
+        deadline: float = 1.0,
         waiter: asyncio.Future[None] | None = None,
     ) -> None:
         witness.watch()
@@ -117,6 +120,8 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._coming: Iterator[bytes] = iter(())
         self._entries: list[Entry] = []
         self._interrupted = False
+        self._deadline = deadline
+        self._waiting: Waiting | None = None
         self._counters = Counters()
         self._refusals = Refusals(self._counters)
         self._low_water, self._high_water = _limits(None, None)
@@ -249,7 +254,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             self._sparse = SPARSE
         witness.after(emptied=False)
         entries, protected = witness.judge_batch(evidence, odd)
-        if protected is not None and not self._backlog:
+        if protected is not None and not self._backlog and not self._waiting:
             counters = self._counters
             counters.received += len(payloads)
             counters.protected += protected
@@ -343,30 +348,72 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._counters.protected -= sum(verdict.protected for _, verdict in entries)
 
     def _deliver(self) -> None:
-        backlog = self._backlog
+        """Deliver or refuse: first what waits no longer, then what has come since."""
         counters = self._counters
+        if self._waiting and self.is_reading():
+            for data, addr, verdict, late in self._waiting.release():
+                counters.dropped += late
+                self._conclude(data, addr, verdict)
+                if not self.is_reading():
+                    break
+        backlog = self._backlog
         while backlog and not self._closing and not self._reading_paused:
             data, addr, verdict = backlog.popleft()
             counters.received += 1
-            if verdict.protected:
-                counters.protected += 1
-            elif verdict.unknown:
-                counters.unknown += 1
-            current.set(verdict.token)
-            try:
-                if verdict.error is not None:
-                    self._refuse(addr, verdict.error)
-                elif self._gives_token:
-                    self._protocol.datagram_received(data, addr, verdict.token)
-                else:
-                    self._protocol.datagram_received(data, addr)
-            except (SystemExit, KeyboardInterrupt):
-                current.set(None)
-                self._loop.call_soon(self._start_reading, context=self._context)
-                raise
-            except BaseException as exc:
-                self._report(exc, "Exception in a callback for a received datagram")
+            if verdict.waits or self._waiting:
+                self._hold(data, addr, verdict)
+            else:
+                self._conclude(data, addr, verdict)
         current.set(None)
+
+    def _conclude(self, data: bytes, addr: Any, verdict: Verdict) -> None:
+        """Deliver or refuse a datagram for good."""
+        counters = self._counters
+        if verdict.protected:
+            counters.protected += 1
+        elif verdict.unknown:
+            counters.unknown += 1
+        current.set(verdict.token)
+        try:
+            if verdict.error is not None:
+                self._refuse(addr, verdict.error)
+            elif self._gives_token:
+                self._protocol.datagram_received(data, addr, verdict.token)
+            else:
+                self._protocol.datagram_received(data, addr)
+        except (SystemExit, KeyboardInterrupt):
+            current.set(None)
+            self._loop.call_soon(self._start_reading, context=self._context)
+            raise
+        except BaseException as exc:
+            self._report(exc, "Exception in a callback for a received datagram")
+
+    def _hold(self, data: bytes, addr: Any, verdict: Verdict) -> None:
+        """Hold a datagram where it has to wait, or refuse it for want of room."""
+        waiting = self._waiting
+        if waiting is None:
+            waiting = self._waiting = Waiting(
+                self._loop, self._witness, self._deadline, self._wake_up, self._context
+            )
+        if verdict.waits:
+            # What is kept of this evidence may be older than the answer.
+            verdict = self._witness.again(verdict)
+        if not waiting.must_wait(addr, verdict):
+            self._conclude(data, addr, verdict)
+        elif waiting.add(data, addr, verdict):
+            self._counters.held += 1
+        else:
+            self._counters.dropped += 1
+            error = verdict.error or ProtectionError("deadline", "too much of its host waits")
+            self._conclude(data, addr, Verdict(verdict.token, error))
+
+    def _wake_up(self) -> None:
+        if self.is_reading():
+            self._deliver()
+
+    def _drop_waiting(self) -> None:
+        if self._waiting:
+            self._counters.dropped += self._waiting.close()
 
     def _refuse(self, addr: Any, error: ProtectionError) -> None:
         tell = self._refusals.add(self, addr, error, self._loop.time())
@@ -490,6 +537,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             return
         self._closing = self._interrupted = True
         self._loop.remove_reader(self._fd)
+        self._drop_waiting()
         if not self._buffer:
             self._lose(None)
 
@@ -520,6 +568,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         if not self._closing:
             self._closing = self._interrupted = True
             self._loop.remove_reader(self._fd)
+            self._drop_waiting()
         self._lose(exc)
 
     def _lose(self, exc: Exception | None) -> None:

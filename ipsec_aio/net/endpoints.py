@@ -96,7 +96,7 @@ async def create_datagram_endpoint(
         with opened:
             opened.enforce(loop, chosen, require, enforce)
             await opened.cover(chosen)
-            return await opened.start(loop, protocol_factory, chosen, require)
+            return await opened.start(loop, protocol_factory, chosen, require, deadline)
     _check_addresses(local_addr, remote_addr, family)
     chosen = await resolve_backend(backend)
     candidates = await _candidates(loop, local_addr, remote_addr, family, proto, flags)
@@ -122,7 +122,7 @@ async def create_datagram_endpoint(
             except OSError as error:
                 failures.append(error)
                 continue
-            return await opened.start(loop, protocol_factory, chosen, require)
+            return await opened.start(loop, protocol_factory, chosen, require, deadline)
     raise failures[0]
 
 
@@ -232,6 +232,7 @@ class _Opened:
         protocol_factory: Callable[[], _P],
         backend: Backend,
         require: Require | None,
+        deadline: float,
     ) -> tuple[DatagramTransport, _P]:
         protocol = protocol_factory()
         check_protocol(protocol)
@@ -247,7 +248,13 @@ class _Opened:
         )
         waiter: asyncio.Future[None] = loop.create_future()
         transport = DatagramTransport(
-            loop, self._sock, protocol, witness, address=self._address, waiter=waiter
+            loop,
+            self._sock,
+            protocol,
+            witness,
+            address=self._address,
+            deadline=deadline,
+            waiter=waiter,
         )
         self._handed_over = True
         if loop.get_debug():

@@ -17,7 +17,9 @@ class IPsecStats:
 
     ``received`` were taken from the kernel; ``refused`` of these did not meet ``require`` and
     ``refused_by`` says how many for each clause. ``protected`` and ``unknown`` count those whose
-    token was protected, or of assurance UNKNOWN, whether refused or not.
+    token was protected, or of assurance UNKNOWN, whether refused or not. ``held`` had to wait for
+    an identity or an SA; ``dropped`` were refused because their deadline had passed or there was no
+    room for them to wait, or were lost when the transport was closed.
     """
 
     received: int = 0
@@ -25,15 +27,26 @@ class IPsecStats:
     unknown: int = 0
     refused: int = 0
     refused_by: Mapping[str, int] = field(default_factory=lambda: _EMPTY, hash=False)
+    held: int = 0
+    dropped: int = 0
 
 
 class Counters:
     """The running counts behind a snapshot. The clauses of a requirement are few: bounded."""
 
-    __slots__ = ("protected", "received", "refused", "refused_by", "unknown")
+    __slots__ = (
+        "dropped",
+        "held",
+        "protected",
+        "received",
+        "refused",
+        "refused_by",
+        "unknown",
+    )
 
     def __init__(self) -> None:
         self.received = self.protected = self.unknown = self.refused = 0
+        self.held = self.dropped = 0
         self.refused_by: dict[str, int] = {}
 
     def refuse(self, clause: str) -> None:
@@ -49,4 +62,6 @@ class Counters:
             self.unknown,
             self.refused,
             MappingProxyType(dict(self.refused_by)),
+            self.held,
+            self.dropped,
         )

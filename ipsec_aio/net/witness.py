@@ -70,13 +70,19 @@ def _runs_ip(sock: socket.socket) -> bool:
 
 
 class Verdict:
-    """A token, and what the endpoint's requirement says of it (None: welcome)."""
+    """A token, and what the endpoint's requirement says of it (None: welcome).
 
-    __slots__ = ("error", "protected", "token", "unknown")
+    ``waits``: it is not welcome yet, and that may change when the token is settled.
+    """
 
-    def __init__(self, token: PToken, error: ProtectionError | None) -> None:
+    __slots__ = ("error", "protected", "token", "unknown", "waits")
+
+    def __init__(
+        self, token: PToken, error: ProtectionError | None, *, waits: bool = False
+    ) -> None:
         self.token = token
         self.error = error
+        self.waits = waits
         self.protected = token.protected
         self.unknown = token.assurance is Assurance.UNKNOWN
 
@@ -240,6 +246,17 @@ class Witness:
         self._others.clear()
         self._clear = 0
 
+    def again(self, verdict: Verdict) -> Verdict:
+        """Return what a verdict that waited is by now, with the channel's token."""
+        return self._check(verdict.token.channel)
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have ``callback()`` called soon after the backend's epoch changed.
+
+        Returns a function that ends it. Raises BackendError where the backend is closed.
+        """
+        return self._backend.subscribe(callback)
+
     def token_of(self, addr: Any) -> PToken:
         """Return the token of what a connected peer sends at this moment: POLICY at most."""
         if not self._ip:
@@ -343,7 +360,13 @@ class Witness:
         return self._check(token)
 
     def _check(self, token: PToken) -> Verdict:
-        return Verdict(token, None if self._require is None else self._require.check(token))
+        require = self._require
+        if require is None:
+            return Verdict(token, None)
+        pending = token.pending
+        error = require.check(token)
+        waits = pending and error is not None and require.decide(token) is None
+        return Verdict(token, error, waits=waits)
 
 
 def _nothing() -> None:

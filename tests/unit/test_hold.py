@@ -76,6 +76,17 @@ def test_what_came_after_a_look_at_it_is_judged_at_the_next():
     assert review(hold, {2: True, 3: True}) == [(2, A), (3, A)]
 
 
+def test_what_is_dropped_meanwhile_is_gone():
+    hold = held(1, 2)
+    hold.add("q", 3, 1, 0.0)
+    left = []
+    for item, _ in hold.review(lambda item: True, 0.0):
+        left.append(item)
+        assert hold.clear() == 2
+    assert left == [1]
+    assert not hold
+
+
 def test_there_is_no_room_without_end():
     hold = held(*range(PEER_LIMIT))
     assert not hold.add("p", "over", 1, 0.0)
