@@ -65,6 +65,12 @@ class Join:
             return UNIDENTIFIED
         return answer
 
+    def keyed_by_hand(self, record: Record) -> bool:
+        """Whether an SA is none that charon knows, or may know of by its reqid."""
+        sa = record.sa
+        known = self.table.find(sa.destination, sa.proto, sa.spi)
+        return self.table.synced and not known and not self.table.peers_of_reqid(sa.reqid)
+
     def of_number(self, sa: SA) -> tuple[int, ...]:
         """Return the unique ids of the IKE SAs that had an SA of this name: what charon said of
         them does not count for one that came just now, until it says so again.

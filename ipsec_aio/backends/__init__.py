@@ -16,6 +16,8 @@ from .contract import Backend, Registration
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .tables import TableBackend
+
 __all__ = [
     "Backend",
     "OpenBackend",
@@ -38,11 +40,19 @@ _FILE = "memory:"
 class OpenBackend:
     """What :func:`open_backend` returns: ``async with`` opens the backend and closes it."""
 
-    def __init__(self, spec: str, stamp: str, trust_policy: bool, vici: str | None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        stamp: str,
+        trust_policy: bool,
+        vici: str | None,
+        identities: str | os.PathLike[str] | None,
+    ) -> None:
         self._spec = spec
         self._stamp = stamp
         self._trust_policy = trust_policy
         self._vici = vici
+        self._identities = identities
         self._backend: Backend | None = None
 
     async def __aenter__(self) -> Backend:
@@ -62,6 +72,18 @@ class OpenBackend:
             await backend.aclose()
 
     async def _open(self) -> Backend:
+        static = None
+        if self._identities is not None:
+            from .static import StaticIdentities
+
+            # What is wrong with the file is told before anything is opened.
+            static = StaticIdentities.from_toml(self._identities)
+        backend = await self._open_spec()
+        if static is not None:
+            backend.use_identities(static)
+        return backend
+
+    async def _open_spec(self) -> TableBackend:
         if self._spec == "xfrm":
             from .xfrm import XfrmBackend
 
@@ -86,7 +108,12 @@ class OpenBackend:
 
 
 def open_backend(
-    spec: str, *, stamp: str = "use", trust_policy: bool = False, vici: str | None = None
+    spec: str,
+    *,
+    stamp: str = "use",
+    trust_policy: bool = False,
+    vici: str | None = None,
+    identities: str | os.PathLike[str] | None = None,
 ) -> OpenBackend:
     """Name a backend, to be opened by ``async with``.
 
@@ -95,11 +122,13 @@ def open_backend(
     it is installed), ``"install"`` (if absent), ``"require"`` (fail without it) or ``"off"``. With
     ``trust_policy`` an answer by policy counts as protected. ``vici`` is the address of
     strongSwan's socket, ``"unix:///path"`` or a path, for ``"xfrm+vici"``; without one it is where
-    strongSwan puts it, ``unix:///var/run/charon.vici``.
+    strongSwan puts it, ``unix:///var/run/charon.vici``. ``identities`` is a TOML file with the
+    identities of SAs that were keyed by hand (docs/identities.md), for any backend.
 
     Raises ValueError for an unknown spec or stamp mode, for what is no address and for one that
     goes with another spec, NotImplementedError for what this release does not have; opening raises
-    BackendUnavailable, BackendDenied, or ValueError for a faulty file.
+    BackendUnavailable, BackendDenied, OSError where a file cannot be read, or ValueError that
+    says what is wrong in it.
     """
     if stamp not in _STAMPS:
         raise ValueError(f"unknown stamp mode {stamp!r}; there are {', '.join(_STAMPS)}")
@@ -112,10 +141,10 @@ def open_backend(
     if vici is not None:
         if spec != _JOINED:
             raise ValueError(f"vici= goes with {_JOINED!r}, not with {spec!r}")
-        from .vici import parse_address
+        from ipsec_aio.backends.vici import parse_address
 
         parse_address(vici)
-    return OpenBackend(spec, stamp, trust_policy, vici)
+    return OpenBackend(spec, stamp, trust_policy, vici, identities)
 
 
 _default: Backend | None = None

@@ -6,7 +6,23 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-__all__ = ["POLICY", "SA", "SELECTOR", "TOP", "at", "checked", "tables"]
+from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP
+
+__all__ = [
+    "IDENTITY",
+    "POLICY",
+    "PROTOS",
+    "SA",
+    "SELECTOR",
+    "TOP",
+    "at",
+    "checked",
+    "number_of",
+    "tables",
+    "within",
+]
+
+PROTOS: Mapping[str, int] = {"esp": IPPROTO_ESP, "ah": IPPROTO_AH, "comp": IPPROTO_COMP}
 
 # Keys and the TOML types that they take.
 _TEXT = (str,)
@@ -18,6 +34,7 @@ _PAIR = (list,)
 TOP: Mapping[str, tuple[type, ...]] = {
     "sa": (list,),
     "policy": (list,),
+    "identity": (list,),
     "default_action": _TEXT,
     "trust_policy": _FLAG,
 }
@@ -70,6 +87,16 @@ POLICY: Mapping[str, tuple[type, ...]] = {
     "if_id": _NUMBER,
     "kind": _NUMBER,
 }
+IDENTITY: Mapping[str, tuple[type, ...]] = {
+    "peer": _TEXT,
+    "local": _TEXT,
+    "spi": _NUMBER,
+    "proto": _EITHER,
+    "src": _TEXT,
+    "dst": _TEXT,
+    "reqid": _NUMBER,
+    "if_id": _NUMBER,
+}
 
 
 @contextmanager
@@ -112,6 +139,22 @@ def tables(
                 raise ValueError("not a table")
             values = checked(cast("dict[str, Any]", table), keys, _SA_DEMANDS if keys is SA else ())
         yield place, values
+
+
+def number_of(names: Mapping[str, int], value: str | int, what: str, limit: int) -> int:
+    """Return the number that a name stands for, or a number as it is. Raises ValueError."""
+    if isinstance(value, int):
+        return within(value, what, limit)
+    if value not in names:
+        raise ValueError(f"unknown {what} {value!r}; there are {', '.join(sorted(names))}")
+    return int(names[value])
+
+
+def within(value: int, what: str, limit: int) -> int:
+    """Return a number. Raises ValueError where it is negative or beyond the limit."""
+    if not 0 <= value <= limit:
+        raise ValueError(f"{what} {value} is not between 0 and {limit}")
+    return int(value)
 
 
 def _pair(key: str, value: list[object]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING, Final
 
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
@@ -47,8 +48,8 @@ class IKEWatcher:
 
     ``changed()`` is called on the loop after each change of the table, and must not raise.
     ``clock()`` gives the table's time, monotonic seconds, and is called before anything that
-    charon said is taken in; it is the loop's unless given. charon may come, go and be restarted;
-    the client stays open until the watcher is closed.
+    charon said is taken in. charon may come, go and be restarted; the client stays open until the
+    watcher is closed.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class IKEWatcher:
         client: ViciClient,
         *,
         changed: Callable[[], None] | None = None,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         linger: float = 30.0,
     ) -> None:
         self.table = IKETable(linger=linger)
         self._client = client
         self._changed = changed
-        self._clock = clock or _loop_time
+        self._clock = clock
         self._events: EventStream | None = None
         self._again: set[int] = set()
         self._everything = False
@@ -194,7 +195,3 @@ class IKEWatcher:
             async with contextlib.aclosing(stream) as sas:
                 async for message in sas:
                     self.table.refresh(message, now)
-
-
-def _loop_time() -> float:
-    return asyncio.get_running_loop().time()

@@ -122,6 +122,10 @@ class XfrmViciBackend(XfrmBackend):
         """Return who negotiated an SA, or until when charon may tell."""
         return self._join.identities_of(record, now)
 
+    def keyed_by_hand(self, record: Record) -> bool:
+        """Whether an SA is certainly none of charon's."""
+        return self._join.keyed_by_hand(record)
+
     def _moment(self) -> float:
         """Take in what the kernel told before charon spoke, and return the time."""
         self.drain()

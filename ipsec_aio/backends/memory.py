@@ -54,6 +54,8 @@ from ipsec_aio.truth import fits
 
 from . import declaration
 from .contract import Registration
+from .declaration import PROTOS, number_of, within
+from .static import StaticIdentities
 from .tables import TableBackend
 
 if TYPE_CHECKING:
@@ -69,7 +71,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryBackend", "selector"]
 
-_PROTOS = {"esp": IPPROTO_ESP, "ah": IPPROTO_AH, "comp": IPPROTO_COMP}
 _LAYER4 = {"any": 0, "icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132}
 _MODES = {mode.name.lower(): mode for mode in Mode}
 _DIRECTIONS = {direction.name.lower(): direction for direction in Direction}
@@ -100,11 +101,11 @@ def selector(
         destination=destination,
         source_prefix=source_prefix,
         destination_prefix=destination_prefix,
-        source_port=_within(src_port, "src_port", 0xFFFF),
+        source_port=within(src_port, "src_port", 0xFFFF),
         source_port_mask=0xFFFF if src_port else 0,
-        destination_port=_within(dst_port, "dst_port", 0xFFFF),
+        destination_port=within(dst_port, "dst_port", 0xFFFF),
         destination_port_mask=0xFFFF if dst_port else 0,
-        proto=_number(_LAYER4, proto, "proto", 255),
+        proto=number_of(_LAYER4, proto, "proto", 255),
         family={4: 2, 16: 10}[sizes.pop()] if sizes else 0,
         ifindex=ifindex,
     )
@@ -167,7 +168,8 @@ class MemoryBackend(TableBackend):
 
         ``[[sa]]`` tables take :meth:`add_sa`'s arguments, ``[[policy]]`` tables those of
         :meth:`add_policy`, ``selector`` in an SA those of :func:`selector`; at the top there may
-        be ``default_action`` and ``trust_policy``. Raises ValueError that names the table and the
+        be ``default_action`` and ``trust_policy``, and ``[[identity]]`` tables as
+        :class:`StaticIdentities` takes them. Raises ValueError that names the table and the
         key, OSError where the file cannot be read.
         """
         if isinstance(source, str) and not source.endswith(".toml"):
@@ -197,6 +199,8 @@ class MemoryBackend(TableBackend):
             for table, arguments in declaration.tables(document, "policy", declaration.POLICY):
                 with declaration.at(table):
                     backend.add_policy(**arguments)
+            if "identity" in top:
+                backend.use_identities(StaticIdentities.of(document))
         return backend
 
     # SAs
@@ -241,7 +245,7 @@ class MemoryBackend(TableBackend):
         ends = None if identity_pending else _identities(local, peer)
         if identity_pending and (peer is not None or local is not None):
             raise ValueError("identity_pending excludes peer and local")
-        number = _number(_PROTOS, proto, "proto", 255)
+        number = number_of(PROTOS, proto, "proto", 255)
         if spi is not None:
             self._chosen.add(spi)
         if aead and (encryption or authentication):
@@ -257,9 +261,9 @@ class MemoryBackend(TableBackend):
                 source=pack_address(src),
                 destination=pack_address(dst),
                 proto=number,
-                spi=self._free_spi() if spi is None else _within(spi, "spi", _MAX),
-                mode=Mode(_number(_MODES, mode, "mode", len(_MODES) - 1)),
-                reqid=_within(reqid, "reqid", _MAX),
+                spi=self._free_spi() if spi is None else within(spi, "spi", _MAX),
+                mode=Mode(number_of(_MODES, mode, "mode", len(_MODES) - 1)),
+                reqid=within(reqid, "reqid", _MAX),
                 aead=_algorithm(AEADS, aead, "aead", key_bits, icv_bits),
                 encryption=_algorithm(CIPHERS, encryption, "encryption", key_bits, None),
                 authentication=_algorithm(
@@ -269,10 +273,10 @@ class MemoryBackend(TableBackend):
                 selector=selector or Selector(),
                 direction=None
                 if direction is None
-                else Direction(_number(_DIRECTIONS, direction, "direction", 1)),
+                else Direction(number_of(_DIRECTIONS, direction, "direction", 1)),
                 mark=Mark(*mark),
                 set_mark=None if set_mark is None else Mark(*set_mark),
-                if_id=_within(if_id, "if_id", _MAX),
+                if_id=within(if_id, "if_id", _MAX),
                 replay_window=replay_window,
                 esn=esn,
             ),
@@ -329,7 +333,7 @@ class MemoryBackend(TableBackend):
 
     def flush_sas(self, proto: str | int = 0) -> None:
         """Delete all SAs, or those of one protocol."""
-        number = _number(_PROTOS, proto, "proto", 255)
+        number = number_of(PROTOS, proto, "proto", 255)
         with self._lock:
             for key in [key for key in self._sas if number in (0, key.proto)]:
                 self._part_with(self._sas.pop(key))
@@ -370,26 +374,26 @@ class MemoryBackend(TableBackend):
         if template is not None and template != "none":
             templates = (
                 Template(
-                    proto=_number(_PROTOS, template, "template", 255),
-                    mode=Mode(_number(_MODES, mode, "mode", len(_MODES) - 1)),
-                    reqid=_within(reqid, "reqid", _MAX),
+                    proto=number_of(PROTOS, template, "template", 255),
+                    mode=Mode(number_of(_MODES, mode, "mode", len(_MODES) - 1)),
+                    reqid=within(reqid, "reqid", _MAX),
                     source=pack_address(tunnel_src) if tunnel_src else b"",
                     destination=pack_address(tunnel_dst) if tunnel_dst else b"",
                     optional=optional,
                 ),
             )
-        way = Direction(_number(_DIRECTIONS, direction, "direction", 2))
+        way = Direction(number_of(_DIRECTIONS, direction, "direction", 2))
         with self._lock:
             policy = Policy(
                 selector=selector(src, dst, proto, src_port, dst_port, ifindex),
                 direction=way,
-                action=PolicyAction(_number(_ACTIONS, action, "action", 1)),
-                priority=_within(priority, "priority", _MAX),
+                action=PolicyAction(number_of(_ACTIONS, action, "action", 1)),
+                priority=within(priority, "priority", _MAX),
                 index=next(self._indexes) | way,
                 templates=templates,
                 mark=Mark(*mark),
-                if_id=_within(if_id, "if_id", _MAX),
-                kind=_within(kind, "kind", 1),
+                if_id=within(if_id, "if_id", _MAX),
+                kind=within(kind, "kind", 1),
             )
             self._policies[policy.key] = policy
             self._tell(PolicyAdded(policy))
@@ -409,7 +413,7 @@ class MemoryBackend(TableBackend):
 
     def set_default(self, action: str | PolicyAction) -> None:
         """Say what happens to inbound traffic that no policy covers: ``"allow"`` or ``"block"``."""
-        inbound = PolicyAction(_number(_ACTIONS, action, "default action", 1))
+        inbound = PolicyAction(number_of(_ACTIONS, action, "default action", 1))
         with self._lock:
             self._defaults = DefaultActions(inbound, inbound, PolicyAction.ALLOW)
             self._tell(self._defaults)
@@ -608,20 +612,6 @@ def _joins(sa: SA, local: bytes, peer: bytes) -> bool:
 def _identities(local: IToken | str | None, peer: IToken | str | None) -> Identities:
     named = (IToken.named(end) if isinstance(end, str) else end for end in (local, peer))
     return Identities(*named)
-
-
-def _number(names: Mapping[str, int], value: str | int, what: str, limit: int) -> int:
-    if isinstance(value, int):
-        return _within(value, what, limit)
-    if value not in names:
-        raise ValueError(f"unknown {what} {value!r}; there are {', '.join(sorted(names))}")
-    return int(names[value])
-
-
-def _within(value: int, what: str, limit: int) -> int:
-    if not 0 <= value <= limit:
-        raise ValueError(f"{what} {value} is not between 0 and {limit}")
-    return int(value)
 
 
 def _algorithm(

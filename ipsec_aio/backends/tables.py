@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ipsec_aio.sa import SAKey
     from ipsec_aio.sad import Record
 
+    from .static import StaticIdentities
+
 __all__ = ["TableBackend"]
 
 _TEMPLATES_KEPT = 1024
@@ -70,7 +72,8 @@ class TableBackend(Backend):
         self.mirror = Mirror()
         self.resolver = Resolver(self.mirror, clock, trust_policy=trust_policy)
         self.resolver.lookup_missing = self.lookup_missing
-        self.resolver.identify = self.identities_of
+        self.resolver.identify = self._identify
+        self._static: StaticIdentities | None = None
         self.resolver.wait = self._wait
         self.resolver.settled = self._settled
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -144,6 +147,17 @@ class TableBackend(Backend):
         del record, now
         return UNIDENTIFIED
 
+    def keyed_by_hand(self, record: Record) -> bool:
+        """Whether an SA of which :meth:`identities_of` knows nobody is certainly not negotiated."""
+        del record
+        return True
+
+    def use_identities(self, static: StaticIdentities) -> None:
+        """Take these identities for SAs that were keyed by hand."""
+        self._static = static
+        self.resolver.identified = True
+        self.identities_changed()
+
     def identities_changed(self) -> None:
         """Let everybody know that :meth:`identities_of` may answer otherwise."""
         self.mirror.bump()
@@ -156,6 +170,12 @@ class TableBackend(Backend):
         Called while a token is being resolved: put what is found into ``mirror``, and leave
         :meth:`take` and :meth:`changed` for later.
         """
+
+    def _identify(self, record: Record, now: float) -> Answer:
+        answer = self.identities_of(record, now)
+        if answer == UNIDENTIFIED and self._static is not None and self.keyed_by_hand(record):
+            return self._static.find(record.sa)
+        return answer
 
     # The contract
 

@@ -296,3 +296,12 @@ def test_a_reqid_whose_children_are_gone_names_nobody(reqids):
 
 def test_tombstones_outlive_no_word_of_charon():
     assert synced().linger > TOMBSTONE_SECONDS
+
+
+def test_what_is_certainly_not_charon_s():
+    bench = Bench(sa(ike(1), child(1, reqid=7)))
+    assert bench.join.keyed_by_hand(bench.add(of(0x9999)))
+    assert not bench.join.keyed_by_hand(bench.add(of())), "its number is known"
+    assert not bench.join.keyed_by_hand(bench.add(of(0x9998, reqid=7)))
+    bench.table.begin_resync()
+    assert not bench.join.keyed_by_hand(bench.add(of(0x9999)))

@@ -14,6 +14,7 @@ from xfrm_bench import synced
 from ipsec_aio.backends import join as module
 from ipsec_aio.backends import open_backend
 from ipsec_aio.backends.join import XfrmViciBackend
+from ipsec_aio.backends.static import StaticIdentities
 from ipsec_aio.errors import BackendDenied, BackendUnavailable
 from ipsec_aio.flow import pack_address
 from ipsec_aio.identity import AuthenticationMethod
@@ -209,3 +210,25 @@ async def test_a_charon_that_knows_no_such_events(kernel, charon, netns):
     charon.known -= {"ike-rekey"}
     with pytest.raises(Exception, match="no such event"):
         await joined(kernel, charon, stamp="off")
+
+
+async def test_identities_of_sas_that_were_keyed_by_hand(charon, netns, tmp_path):
+    path = tmp_path / "who.toml"
+    path.write_text(f"[[identity]]\nsrc = '192.0.2.2'\npeer = '{BOB}'")
+    kernel = FakeKernel()
+    backend = await joined(kernel, charon, stamp="install")
+    backend.use_identities(StaticIdentities.from_toml(path))
+    bench, arrivals = JoinedBench(backend, kernel, charon), Arrivals()
+    await arrivals._sa(bench, 0x9001)
+    await arrivals._sa(bench, 0x1001)
+    await bench.identify(src=bench.peer, dst=bench.local, spi=0x1001, peer=ALICE, local="me")
+    token = await arrivals._arrive(bench, 0x9001)
+    assert token.pending, "charon might tell"
+    await bench.pass_time(3)
+    assert str((await arrivals._arrive(bench, 0x9001)).peer) == BOB
+    assert str((await arrivals._arrive(bench, 0x1001)).peer) == ALICE
+    await charon.stop()
+    await until(backend, lambda: not backend.watcher.table.synced)
+    assert (await arrivals._arrive(bench, 0x9001)).peer is None, "it may be charon's"
+    await charon.start()
+    await backend.aclose()
