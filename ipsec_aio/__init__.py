@@ -43,6 +43,7 @@ from .errors import (
 )
 from .identity import AuthenticationMethod, IdentityKind, IToken
 from .net.context import current_ptoken
+from .net.datagram import DatagramTransport
 from .net.endpoints import create_datagram_endpoint
 from .net.protocols import BufferedProtocol, DatagramProtocol, Protocol
 from .net.readers import open_connection, start_server
@@ -61,6 +62,7 @@ __all__ = [
     "BufferedProtocol",
     "CodecError",
     "DatagramProtocol",
+    "DatagramTransport",
     "IPsecError",
     "IToken",
     "IdentityKind",

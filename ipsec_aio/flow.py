@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
 
-__all__ = ["Flow", "Mark", "Selector", "format_address", "pack_address", "unmap"]
+__all__ = ["Flow", "Mark", "Selector", "format_address", "map4", "pack_address", "unmap"]
 
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
@@ -24,6 +24,11 @@ def unmap(packed: bytes) -> bytes:
     if len(packed) == 16 and packed.startswith(_V4_MAPPED):
         return packed[12:]
     return packed
+
+
+def map4(packed: bytes) -> bytes:
+    """Return the IPv4-mapped IPv6 address of a packed IPv4 address (RFC 4291 2.5.5.2)."""
+    return _V4_MAPPED + packed
 
 
 def pack_address(text: str) -> bytes:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ipsec_aio.errors import ProtectionError
 from ipsec_aio.log import net_logger
+from ipsec_aio.tokens import PToken
 
 from .batch import CONTROL, SLOTS, batch_for
 from .context import current
@@ -42,8 +43,6 @@ from .waiting import Waiting
 from .witness import Verdict, runs_udp
 
 if TYPE_CHECKING:
-    from ipsec_aio.tokens import PToken
-
     from .batch import Batch
     from .protocols import TokenProtocol
     from .witness import Entry, Witness
@@ -75,7 +74,9 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
     Like asyncio's own it passes for a Transport too, and has the reading half of one.
 
     ``get_extra_info`` knows ``"socket"``, ``"sockname"``, ``"peername"`` and, on a connected
-    socket, ``"ptoken"``: the PToken of what its peer sends at this moment.
+    socket, ``"ptoken"``: the PToken of what its peer sends at this moment. ``"ipsec_enforced"`` and
+    ``"ipsec_pinning"`` say whether the ``"kernel"`` or the ``"user"`` side sees to it that the
+    requirement is met, and that nothing sent under a token leaves in the clear.
     """
 
     _sock: socket.socket | None = None
@@ -108,7 +109,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._address = address
         ip = sock.family in (socket.AF_INET, socket.AF_INET6)
         self._receive_size = _IP_BUFFER if ip else _OTHER_BUFFER
-        self._buffer: deque[tuple[bytes, Any]] = deque()
+        self._buffer: deque[tuple[bytes, Any, PToken | None]] = deque()
         self._buffer_size = 0
         self._backlog: deque[tuple[bytes, Any, Verdict]] = deque()
         self._batch: Batch | None = None
@@ -161,6 +162,8 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             return self._ptoken() if self._peer is not None else default
         if name == "ipsec_enforced":
             return self._witness.enforced
+        if name == "ipsec_pinning":
+            return self._witness.pinning
         return super().get_extra_info(name, default)
 
     def set_protocol(self, protocol: AnyProtocol) -> None:
@@ -435,10 +438,22 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._low_water, self._high_water = _limits(high, low)
         self._maybe_pause()
 
-    def sendto(self, data: bytes | bytearray | memoryview, addr: Any = None) -> None:
+    def sendto(
+        self,
+        data: bytes | bytearray | memoryview,
+        addr: Any = None,
+        *,
+        ptoken: PToken | None = None,
+    ) -> None:
         """Send a datagram, or buffer it where the socket is not ready.
 
         ``addr`` may be left out where the endpoint has a remote address.
+
+        With ``ptoken`` it is sent only under protection equivalent to the token's, which is that
+        of what is answered: to the same peer, and from the same address. Raises ProtectionError
+        where it would not be; where that changes while it is buffered, it is dropped and
+        ``error_received`` gets the error. ``get_extra_info("ipsec_pinning")`` says how firm that
+        is (docs/requirements.md).
         """
         if not isinstance(data, (bytes, bytearray, memoryview)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -455,9 +470,13 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 net_logger.warning("%r: sendto() on a closed transport", self)
             self._conn_lost += 1
             return
+        if ptoken is not None:
+            refused = self._objection(ptoken, addr)
+            if refused is not None:
+                raise refused
         if not self._buffer:
             try:
-                self._send(data, addr)
+                self._send(data, addr, ptoken)
             except (BlockingIOError, InterruptedError):
                 self._loop.add_writer(self._fd, self._on_writable)
             except OSError as exc:
@@ -469,23 +488,37 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 return
             else:
                 return
-        self._buffer.append((bytes(data), addr))
+        self._buffer.append((bytes(data), addr, ptoken))
         self._buffer_size += len(data) + _HEADER
         self._maybe_pause()
 
-    def _send(self, data: bytes | bytearray | memoryview, addr: Any) -> None:
-        assert self._sock is not None  # noqa: S101
+    def _objection(self, ptoken: PToken, addr: Any) -> ProtectionError | None:
+        if not isinstance(ptoken, PToken):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"ptoken must be a PToken, not {ptoken!r}")
+        peer = addr if self._peer is None else self._peer
+        if peer is None:
+            raise TypeError("ptoken needs an address to send to")
+        return self._witness.pinned(ptoken, peer)
+
+    def _send(self, data: bytes | bytearray | memoryview, addr: Any, ptoken: PToken | None) -> None:
+        sock = self._sock
+        assert sock is not None  # noqa: S101
         if self._peer is not None:
-            self._sock.send(data)
+            sock.send(data)
+        elif ptoken is None:
+            sock.sendto(data, addr)
         else:
-            self._sock.sendto(data, addr)
+            sock.sendmsg([data], self._witness.source_of(ptoken), 0, addr)
 
     def _on_writable(self) -> None:
         current.set(None)
         while self._buffer:
-            data, addr = self._buffer[0]
+            data, addr, ptoken = self._buffer[0]
             try:
-                self._send(data, addr)
+                refused = None if ptoken is None else self._objection(ptoken, addr)
+                if refused is not None:
+                    raise refused
+                self._send(data, addr, ptoken)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as exc:
@@ -504,7 +537,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 self._lose(None)
 
     def _sent(self) -> None:
-        data, _ = self._buffer.popleft()
+        data, _, _ = self._buffer.popleft()
         self._buffer_size -= len(data) + _HEADER
 
     def _maybe_pause(self) -> None:

@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ipsec_aio.enums import Assurance
-from ipsec_aio.errors import BackendError
+from ipsec_aio.errors import BackendError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_UDP, Evidence
 from ipsec_aio.flow import pack_address
 from ipsec_aio.kernel.sockopts import (
@@ -38,10 +38,10 @@ from ipsec_aio.kernel.sockopts import (
 from ipsec_aio.wire.cmsg import ControlMessage, parse
 
 from .batch import address
+from .pinning import Pinning, source_of
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
-    from ipsec_aio.errors import ProtectionError
     from ipsec_aio.require import Require
     from ipsec_aio.tokens import PToken
 
@@ -113,6 +113,7 @@ class Witness:
         self._registration = registration
         self._require = require
         self._enforcement = enforcement
+        self._pinning = Pinning(backend)
         self._ip = _runs_ip(sock)
         self._family = sock.family
         # Welcome and known; how many of them are not protected; and all the others.
@@ -264,6 +265,30 @@ class Witness:
         peer = pack_address(addr[0])
         evidence = Evidence(IPPROTO_UDP, self._local, self._port, peer, addr[1], doubt=self._doubt)
         return self._verdict(self._enforced(evidence)).token
+
+    def pinned(self, token: PToken, addr: Any) -> ProtectionError | None:
+        """Say why a datagram to this address would not be protected as the token says."""
+        doubt = self._doubt
+        if doubt:
+            return ProtectionError("ptoken", doubt)
+        if not self._port:
+            self._locate()
+        return self._pinning.objection(token, self._local, self._port, addr)
+
+    def source_of(self, token: PToken) -> list[ControlMessage]:
+        """Return the control messages that have a datagram sent from the token's address.
+
+        There are none where the socket has an address of its own.
+        """
+        if self._local:
+            return []
+        return source_of(token, ipv6=self._family == socket.AF_INET6)
+
+    @property
+    def pinning(self) -> str:
+        """``"kernel"`` where it lets nothing out in the clear, else ``"user"``."""
+        own = self._enforcement is not None and self._enforcement.outbound
+        return "kernel" if own else "user"
 
     @property
     def enforced(self) -> str:

@@ -13,9 +13,9 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ipsec_aio.flow import unmap
+from ipsec_aio.flow import map4, unmap
 
-__all__ = ["Ancillary", "ControlMessage", "parse", "split"]
+__all__ = ["Ancillary", "ControlMessage", "parse", "source", "split"]
 
 ControlMessage = tuple[int, int, bytes]
 """Level, type and data, as ``socket.recvmsg`` returns them."""
@@ -74,6 +74,16 @@ def parse(messages: Iterable[ControlMessage]) -> Ancillary:
             case _:
                 pass
     return Ancillary(mark, local, ifindex, reassembled)
+
+
+def source(local: bytes, *, ipv6: bool) -> ControlMessage:
+    """Return the message that has a datagram sent from a local address (ip(7), ipv6(7)).
+
+    ``ipv6``: the socket is AF_INET6, which takes an IPv4 address in its mapped form.
+    """
+    if not ipv6:
+        return 0, 8, _IN_PKTINFO.pack(0, local, bytes(4))
+    return 41, 50, _IN6_PKTINFO.pack(local if len(local) == 16 else map4(local), 0)
 
 
 def split(control: bytes) -> list[ControlMessage]:

@@ -373,7 +373,7 @@ class TestWriting:
         full(transport)
         # A peer name is what makes the transport use send().
         transport._peer = None
-        transport._buffer[0] = (b"x", 3)
+        transport._buffer[0] = (b"x", 3, None)
         empty(far)
         ((error,),) = await protocol.log.until("lost")
         assert isinstance(error, TypeError)

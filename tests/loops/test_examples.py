@@ -112,12 +112,21 @@ def test_allow_list() -> None:
             assert "127.0.0.3: refused, encrypted: this is NONE (clear)" in example.line()
 
 
+def test_pinned_reply() -> None:
+    with running("06_pinned_reply.py") as example:
+        assert example.ask(ALICE) == b"the answer to hello"
+        assert "127.0.0.2: answered, encrypted and authenticated by esp" in example.line()
+        with example.tell(MALLORY):
+            assert "127.0.0.3: not answered: the token is not protected" in example.line()
+
+
 def test_examples_are_short_and_use_public_names_only() -> None:
     assert [path.name for path in EXAMPLES] == [
         "01_udp_echo.py",
         "02_tcp_echo.py",
         "03_refuse_clear.py",
         "04_allow_list.py",
+        "06_pinned_reply.py",
     ]
     for path in EXAMPLES:
         text = path.read_text()

@@ -21,6 +21,7 @@ NAMES = {
     "BufferedProtocol",
     "CodecError",
     "DatagramProtocol",
+    "DatagramTransport",
     "IPsecError",
     "IToken",
     "IdentityKind",

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsec_aio.wire.cmsg import Ancillary, ControlMessage, parse, split
+from ipsec_aio.flow import pack_address
+from ipsec_aio.wire.cmsg import Ancillary, ControlMessage, parse, source, split
 
 MARK = (socket.SOL_SOCKET, 36, struct.pack("=I", 0x01100000))
 PKTINFO = (
@@ -129,3 +130,15 @@ def test_a_cut_buffer_has_only_whole_messages(
 def test_any_buffer_can_be_cut(buffer: bytes) -> None:
     for level, kind, data in split(buffer):
         assert struct.pack("@ii", level, kind) + data in buffer
+
+
+@pytest.mark.parametrize(
+    ("address", "ipv6", "expected"),
+    [
+        ("192.0.2.1", False, (0, 8, bytes(4) + bytes([192, 0, 2, 1]) + bytes(4))),
+        ("192.0.2.1", True, (41, 50, bytes(10) + b"\xff\xff" + bytes([192, 0, 2, 1]) + bytes(4))),
+        ("2001:db8::1", True, (41, 50, bytes.fromhex("20010db8" + 23 * "0" + "1") + bytes(4))),
+    ],
+)
+def test_a_datagram_says_from_where_it_is_sent(address, ipv6, expected):
+    assert source(pack_address(address), ipv6=ipv6) == expected
