@@ -33,6 +33,7 @@ charon {{
     install_routes = no
     install_virtual_ip_on = lo
     retransmit_timeout = 2
+    delete_rekeyed_delay = 1
     filelog {{
         log {{
             path = {directory}/log
@@ -231,7 +232,7 @@ class Charon:
         """Take down every IKE SA there is, whether the peer answers or not."""
         for number in re.findall(r"^\S+: #(\d+)", self.swanctl("--list-sas"), re.MULTILINE):
             with suppress(RuntimeError):  # it went by itself
-                self.swanctl("--terminate", "--ike-id", number, "--force", "--timeout", "3")
+                self.swanctl("--terminate", "--ike-id", number, "--force", "--timeout", "1")
 
     def spis(self) -> list[int]:
         """The SPIs of the living SAs into this host, as swanctl says, newest first."""

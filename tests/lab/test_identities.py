@@ -1,8 +1,9 @@
 """Who is at the other end, as real strongSwan daemons proved it.
 
 Every datagram says who really sends it. A token that names anyone else fails the test, whether it
-was asked as the datagram came or at the end; no name is no lie. In each scenario mallory sends in
-clear, and carol, who has keys of her own, sends beside alice.
+was asked as the datagram came or at the end; no name is no lie. A second server is for alice alone,
+and in no scenario may it see a byte of anyone else. mallory sends to both in clear, and carol, who
+has keys of her own, sends beside alice.
 
 The daemons run through all the tests; what a test keyed is taken down after it.
 """
@@ -19,6 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
+from threading import Timer
 from typing import NamedTuple
 
 import pytest
@@ -27,10 +29,10 @@ from charon import Charon, Settings, conf
 from hosts import PATIENCE, Host, Network, eventually
 
 import ipsec_aio
-from ipsec_aio import Assurance, AuthenticationMethod, IdentityKind, PToken
+from ipsec_aio import Assurance, AuthenticationMethod, IdentityKind, PToken, Require
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-PORT = 5000
+PORT, GUARDED = 5000, 5001
 PACE = 0.05
 NOBODY = "nobody"
 ALICE, CAROL, DORA = "alice.example", "carol.example", "dora.example"
@@ -186,6 +188,7 @@ class Inbox(ipsec_aio.DatagramProtocol):
         self.tokens: set[tuple[str, PToken]] = set()
         self.wrong: list[str] = []
         self.address = ""
+        self.served: set[str] = set()
         self._coming: asyncio.Queue[tuple[str, PToken]] = asyncio.Queue()
 
     def datagram_received(self, data, addr, ptoken):
@@ -226,6 +229,16 @@ class Inbox(ipsec_aio.DatagramProtocol):
         return token
 
 
+class Strict(ipsec_aio.DatagramProtocol):
+    """A server that alice alone may reach."""
+
+    def __init__(self) -> None:
+        self.served: set[str] = set()
+
+    def datagram_received(self, data, addr, ptoken):
+        self.served.add(data.decode())
+
+
 @asynccontextmanager
 async def stream(host: Host, who: str, to: str, source: str = "") -> AsyncIterator[None]:
     """Datagrams from a host, all the time."""
@@ -239,6 +252,7 @@ async def stream(host: Host, who: str, to: str, source: str = "") -> AsyncIterat
         while True:
             with suppress(OSError):  # no address, no SA: for the moment
                 sock.sendto(who.encode(), (to, PORT))
+                sock.sendto(who.encode(), (to, GUARDED))
             await asyncio.sleep(PACE)
 
     with closing(sock):
@@ -252,7 +266,7 @@ async def stream(host: Host, who: str, to: str, source: str = "") -> AsyncIterat
 
 @asynccontextmanager
 async def listening(lab: Lab, mallory: Host) -> AsyncIterator[Inbox]:
-    """bob's server, and mallory, who sends to it in clear."""
+    """bob's two servers, and mallory, who sends to both in clear."""
     async with (
         asyncio.timeout(3 * PATIENCE),
         ipsec_aio.open_backend("xfrm+vici", vici=lab.bob.uri, stamp="install") as backend,
@@ -261,7 +275,14 @@ async def listening(lab: Lab, mallory: Host) -> AsyncIterator[Inbox]:
             Inbox, local_addr=("::", PORT), backend=backend
         )
         inbox.address = lab.bob.host.v4
-        with closing(transport):
+        guarded, strict = await ipsec_aio.create_datagram_endpoint(
+            Strict,
+            local_addr=("::", GUARDED),
+            backend=backend,
+            require=Require(encrypted=True, peer=ALICE),
+        )
+        with closing(transport), closing(guarded):
+            inbox.served = strict.served
             async with stream(mallory, NOBODY, lab.bob.host.v4):
                 await inbox.unprotected(NOBODY)
                 yield inbox
@@ -269,6 +290,7 @@ async def listening(lab: Lab, mallory: Host) -> AsyncIterator[Inbox]:
             for who, token in inbox.tokens:
                 inbox.judge(who, token)
             assert inbox.wrong == []
+            assert strict.served <= {ALICE}
 
 
 async def key(charon: Charon, connection: str = "psk") -> None:
@@ -329,6 +351,7 @@ async def test_shared_secrets(lab: Lab, mallory: Host):
             assert not alice.equivalent(carol)
             assert await inbox.named(ALICE) is alice
             assert await inbox.named(CAROL) is carol
+            assert inbox.served == {ALICE}
 
 
 async def test_certificates(lab: Lab, mallory: Host):
@@ -361,6 +384,7 @@ async def test_eap_and_a_virtual_address(lab: Lab, mallory: Host):
         assert token.peer.kind is IdentityKind.RFC822
         assert token.peer.authentication_method is AuthenticationMethod.EAP
         assert LEASED in token.audit_string
+        assert inbox.served == set()
 
 
 async def test_a_connection_over_ipv6(lab: Lab, mallory: Host):
@@ -430,6 +454,7 @@ async def test_another_peer_behind_one_address(lab: Lab, mallory: Host):
             await key(lab.alice, "dora")
             dora = await inbox.named(DORA)
         assert dora is not alice
+        assert inbox.served == {ALICE}
         assert not dora.equivalent(alice)
         assert str(alice.peer) == ALICE
         await end(lab.alice, "dora")
@@ -526,6 +551,7 @@ async def test_two_peers_behind_one_address(lab: Lab, mallory: Host):
         await asyncio.to_thread(lab.alice.rekey)
         assert await inbox.named(ALICE) is alice
         assert await inbox.named(CAROL) is carol
+        assert inbox.served == {ALICE}
         # While they are keyed, bob takes nothing in clear from that address.
         await end(lab.alice)
         await end(lab.carol)
@@ -551,6 +577,8 @@ def test_the_allow_list_of_the_examples(lab: Lab, mallory: Host):
     words = ["--port", str(PORT), "--vici", lab.bob.uri, ALICE, "*.example.org"]
     example = [sys.executable, str(EXAMPLES / "04_allow_list.py"), *words]
     with subprocess.Popen(example, stdout=subprocess.PIPE, text=True) as server:
+        watchdog = Timer(2 * PATIENCE, server.kill)
+        watchdog.start()
 
         def line() -> str:
             assert server.stdout is not None
@@ -573,4 +601,5 @@ def test_the_allow_list_of_the_examples(lab: Lab, mallory: Host):
             server.send_signal(signal.SIGINT)  # to be killed leaves the sysctl as it is
             server.wait(PATIENCE)
         finally:
+            watchdog.cancel()
             server.kill()
