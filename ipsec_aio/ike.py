@@ -19,7 +19,8 @@ Rules:
   selectors can have changed too. :meth:`IKETable.apply` says which IKE SAs to list again.
 * A reqid can belong to many peers.
 * What charon says of a child is true of the SAs that were there when it said so. An SPI may be used
-  again, so :meth:`IKETable.told` says when it spoke of a child last.
+  again, so :meth:`IKETable.told` says when it spoke of a child last, and :meth:`IKETable.asked`
+  since when that was no old news.
 * Who an IKE SA's peer is was proved when it came up, and is handed on when it is rekeyed.
 """
 
@@ -367,6 +368,7 @@ class _Entry:
     child: ChildSA
     ike: IKESA
     told: float  # when charon spoke of it last, other than to say that it ended
+    asked: float  # when it was asked what it listed of it last
     until: float | None = None  # when it is forgotten; None while it is alive
 
 
@@ -411,6 +413,8 @@ class IKETable:
         self.arrivals = 0
         """Changes when an IKE SA came to be known."""
         self.synced = False
+        self.listed = -inf
+        """When the last complete listing was asked for."""
         self._sas: dict[int, IKESA] = {}
         self._children: dict[int, _Entry] = {}
         self._gone: dict[int, None] = {}  # children that are not alive, oldest first
@@ -452,10 +456,16 @@ class IKETable:
     def told(self, child: ChildSA) -> float:
         """Return when charon spoke of a child last, other than to say that it ended.
 
-        What it said in answer to a question counts from the question on.
+        What it said in answer to a question counts from the question on; an event counts from its
+        arrival, and may have been raised some time before.
         """
         entry = self._children.get(child.unique_id)
         return -inf if entry is None else entry.told
+
+    def asked(self, child: ChildSA) -> float:
+        """Return when charon was asked what it listed of a child last: it said so after that."""
+        entry = self._children.get(child.unique_id)
+        return -inf if entry is None else entry.asked
 
     def children(self, ike: IKESA) -> tuple[ChildSA, ...]:
         """Return the children of an IKE SA that are alive."""
@@ -518,8 +528,9 @@ class IKETable:
                 self._end(unique_id, now)
         self._sas.clear()
         for ike, children in staged.values():
-            self._set(ike, children, now, self._began)
+            self._set(ike, children, now, asked=self._began)
         self._tidy()
+        self.listed = self._began
         self.epoch += 1
         again: frozenset[int] = frozenset()
         early, self._early = self._early, []
@@ -535,7 +546,7 @@ class IKETable:
         """
         ike, children = decode_ike_sa(message)
         if ike.unique_id in self._sas:
-            self._set(ike, children, now)
+            self._set(ike, children, now, asked=now)
             self.epoch += 1
 
     def apply(self, name: str, message: Message, now: float) -> frozenset[int]:
@@ -640,7 +651,7 @@ class IKETable:
         return frozenset()
 
     def _set(
-        self, ike: IKESA, children: Iterable[ChildSA], now: float, told: float | None = None
+        self, ike: IKESA, children: Iterable[ChildSA], now: float, *, asked: float | None = None
     ) -> None:
         """Put an IKE SA, and some of its children, in place of what is known of them."""
         before = self._sas.get(ike.unique_id)
@@ -651,7 +662,11 @@ class IKETable:
             self._children[unique_id].ike = ike
         for child in children:
             known = self._forget(child.unique_id)
-            self._children[child.unique_id] = _Entry(child, ike, now if told is None else told)
+            if asked is not None:
+                entry = _Entry(child, ike, asked, asked)
+            else:
+                entry = _Entry(child, ike, now, -inf if known is None else known.asked)
+            self._children[child.unique_id] = entry
             self._of_ike.add(ike.key, child.unique_id)
             self._of_reqid.add(child.reqid, child.unique_id)
             for spi in _spis(child):

@@ -5,20 +5,21 @@ Rules:
 * An SA is found by destination, protocol and SPI; where several have those, by mark and interface
   id as well.
 * An SPI may be used again. What charon said counts for an SA that was there when it said so, and
-  for a removed one only while no other SA has its number. Once known, an SA's identities are kept
-  with it, whatever becomes of charon.
+  for a removed one only while no other SA has its number. An event may have been raised some time
+  before it was read: where another SA had the number shortly before, only what was asked for
+  counts. Once known, an SA's identities are kept with it, whatever becomes of charon.
 * charon reports an SA some time after the kernel has it. Until ``PENDING_SECONDS`` after it came
-  its identities are awaited.
-* A reqid counts only for an SA that charon's table lacks although it is complete and the SA is not
-  new, and only if all children of that reqid belong to one IKE SA between the SA's own addresses.
-  Then it is the kernel's policies that take the one for the other.
+  its identities are awaited; unless charon, asked when the SA had been there for
+  ``LISTED_SECONDS``, did not list it: then it is none of charon's.
+* A reqid counts only for such an SA, and only if all children of that reqid belong to one IKE SA
+  between the SA's own addresses. Then it is the kernel's policies that take the one for the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .enums import Direction
 from .identities import UNIDENTIFIED, Answer, Awaited, Identities, agreed
@@ -31,13 +32,19 @@ if TYPE_CHECKING:
     from .sa import SA
     from .sad import Record
 
-__all__ = ["Join"]
+__all__ = ["LISTED_SECONDS", "Join"]
+
+LISTED_SECONDS: Final = 0.5
+"""How soon after the kernel has an SA of charon's, charon lists it."""
+_DOUBTED: Final = 4096
 
 
 class Join:
     """Answers who is at the ends of an SA.
 
-    ``ends`` tells those of an IKE SA, None while that is being found out.
+    ``ends`` tells those of an IKE SA, None while that is being found out. ``doubtful`` gathers the
+    unique ids of IKE SAs of which only an event tells what must be asked for: list them again.
+    ``wanting`` is set where everything listed a while from now would tell more.
     """
 
     def __init__(
@@ -46,6 +53,10 @@ class Join:
         self.mirror = mirror
         self.table = table
         self._ends = ends
+        self.doubtful: set[int] = set()
+        self.wanting = False
+        # By child, which word of charon was doubted: each is asked about once.
+        self._doubted: dict[int, float] = {}
 
     def identities_of(self, record: Record, now: float) -> Answer:
         """Return who is at the ends of an SA, or until when that may come to be known."""
@@ -60,16 +71,15 @@ class Join:
         elif record.identities is not None:
             return record.identities
         elif not found:
-            answer = self._agreed(self._by_reqid(record), until) if now > until else Awaited(until)
+            foreign = self._is_foreign(record)
+            answer = self._agreed(self._by_reqid(record), until) if foreign else Awaited(until)
         if isinstance(answer, Awaited) and now > until:
             return UNIDENTIFIED
         return answer
 
     def keyed_by_hand(self, record: Record) -> bool:
-        """Whether an SA is none that charon knows, or may know of by its reqid."""
-        sa = record.sa
-        known = self.table.find(sa.destination, sa.proto, sa.spi)
-        return self.table.synced and not known and not self.table.peers_of_reqid(sa.reqid)
+        """Whether an SA is none of charon's, not even by its reqid."""
+        return self._is_foreign(record) and not self.table.peers_of_reqid(record.sa.reqid)
 
     def of_number(self, sa: SA) -> tuple[int, ...]:
         """Return the unique ids of the IKE SAs that had an SA of this name: what charon said of
@@ -92,6 +102,12 @@ class Join:
             for each in self.table.find(sa.destination, sa.proto, sa.spi)
             if self.table.told(each.child) >= record.added
         ]
+        if not record.alone:
+            asked = [each for each in found if self.table.asked(each.child) >= record.added]
+            for each in found:
+                if each not in asked:
+                    self._doubt(each)
+            found = asked
         if not found:
             return found
         others = [
@@ -106,12 +122,29 @@ class Join:
             return [each for each in found if _marked_alike(sa, each.child)]
         return found
 
-    def _by_reqid(self, record: Record) -> tuple[IKESA, ...]:
+    def _doubt(self, told: Negotiated) -> None:
+        when, number = self.table.told(told.child), told.child.unique_id
+        if self._doubted.get(number) != when:
+            if len(self._doubted) >= _DOUBTED:
+                self._doubted.clear()
+            self._doubted[number] = when
+            self.doubtful.add(told.ike.unique_id)
+
+    def _is_foreign(self, record: Record) -> bool:
+        """Whether charon listed what it has when the SA had been there for a while, but not it."""
         sa = record.sa
-        if not self.table.synced or not sa.reqid or record.buried != inf:
+        if record.buried != inf or self.table.find(sa.destination, sa.proto, sa.spi):
+            return False
+        if self.table.synced and self.table.listed >= record.added + LISTED_SECONDS:
+            return True
+        self.wanting = True
+        return False
+
+    def _by_reqid(self, record: Record) -> tuple[IKESA, ...]:
+        """Return the IKE SA that a foreign SA belongs to by its reqid."""
+        sa = record.sa
+        if not sa.reqid:
             return ()
-        if self.table.find(sa.destination, sa.proto, sa.spi):
-            return ()  # known, and of another SA
         keys = self.table.peers_of_reqid(sa.reqid)
         if len(keys) != 1:
             return ()

@@ -297,7 +297,7 @@ class Mirror:
         if old is not None:
             sad.pop(sa.key)
             self._bury(old, now)
-        sad.add(Record(sa, now))
+        sad.add(Record(sa, now, alone=not collides))
         if (
             collides
             or self.always_bump

@@ -25,15 +25,17 @@ class Record:
     """An SA in the mirror.
 
     ``added`` and ``buried`` are the times of its arrival and removal (infinity: it lives).
+    ``alone``: when it was added, no other SA with its number was known, nor could have been missed.
     ``protection`` is room for what is derived from the SA, ``identities`` for what was said of
     its ends.
     """
 
-    __slots__ = ("added", "buried", "identities", "protection", "sa")
+    __slots__ = ("added", "alone", "buried", "identities", "protection", "sa")
 
-    def __init__(self, sa: SA, added: float) -> None:
+    def __init__(self, sa: SA, added: float, *, alone: bool = False) -> None:
         self.sa = sa
         self.added = added
+        self.alone = alone
         self.buried = inf
         self.protection: object | None = None
         self.identities: Identities | None = None

@@ -23,6 +23,7 @@ from .vici import ViciConnected, ViciDisconnected, ViciEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self
 
@@ -48,7 +49,8 @@ class IKEWatcher:
 
     ``changed()`` is called on the loop after each change of the table, and must not raise.
     ``clock()`` gives the table's time, monotonic seconds, and is called before anything that
-    charon said is taken in. charon may come, go and be restarted; the client stays open until the
+    charon said is taken in. The table changes under ``lock`` where it is read in other threads.
+    charon may come, go and be restarted; the client stays open until the
     watcher is closed.
     """
 
@@ -58,12 +60,16 @@ class IKEWatcher:
         *,
         changed: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        lock: AbstractContextManager[object] | None = None,
         linger: float = 30.0,
     ) -> None:
         self.table = IKETable(linger=linger)
         self._client = client
         self._changed = changed
         self._clock = clock
+        self._lock: AbstractContextManager[object] = (
+            contextlib.nullcontext() if lock is None else lock
+        )
         self._events: EventStream | None = None
         self._again: set[int] = set()
         self._everything = False
@@ -74,8 +80,10 @@ class IKEWatcher:
         self, destination: bytes, proto: int, spi: int, *, inbound: bool = True
     ) -> tuple[Negotiated, ...]:
         """Return what :meth:`IKETable.find` does, by now."""
-        self.table.advance(self._clock())
-        return self.table.find(destination, proto, spi, inbound=inbound)
+        now = self._clock()
+        with self._lock:
+            self.table.advance(now)
+            return self.table.find(destination, proto, spi, inbound=inbound)
 
     async def synced(self) -> None:
         """Wait until the table is synced. The caller sets the deadline.
@@ -124,7 +132,8 @@ class IKEWatcher:
                 self._events = events
                 async for event in events:
                     if isinstance(event, ViciDisconnected):
-                        self.table.begin_resync()
+                        with self._lock:
+                            self.table.begin_resync()
                     elif isinstance(event, ViciEvent) and event.name == _AGAIN:
                         await self._look(events)
                     elif isinstance(event, ViciConnected):
@@ -135,7 +144,8 @@ class IKEWatcher:
         finally:
             # Nobody listens any more, for whatever reason.
             self._events = None
-            self.table.begin_resync()
+            with self._lock:
+                self.table.begin_resync()
             self._tell()
 
     def _tell(self) -> None:
@@ -150,14 +160,18 @@ class IKEWatcher:
         while True:
             self._again.clear()
             self._everything = False
-            self.table.begin_resync(self._clock())
+            now = self._clock()
+            with self._lock:
+                self.table.begin_resync(now)
             try:
                 async with contextlib.aclosing(self._client.stream("list-sas")) as sas:
                     async for message in sas:
                         self.table.load(message)
                 if connection and connection == events.connection:
-                    again = self.table.finish_resync(self._clock())
-                    await self._list(again, self._clock())
+                    now = self._clock()
+                    with self._lock:
+                        again = self.table.finish_resync(now)
+                    await self._list(again, now)
                 return
             except (BackendError, CodecError) as error:
                 _log.warning("charon's SAs cannot be listed: %s", error)
@@ -169,7 +183,9 @@ class IKEWatcher:
     async def _take(self, event: ViciEvent, events: EventStream) -> None:
         now = self._clock()
         try:
-            await self._list(self.table.apply(event.name, event.message, now), now)
+            with self._lock:
+                again = self.table.apply(event.name, event.message, now)
+            await self._list(again, now)
         except (BackendError, CodecError) as error:
             _log.warning("%s is not understood, or not followed: %s", event.name, error)
             await self._resync(events)
@@ -194,4 +210,5 @@ class IKEWatcher:
             stream = self._client.stream("list-sas", {"ike-id": unique_id})
             async with contextlib.aclosing(stream) as sas:
                 async for message in sas:
-                    self.table.refresh(message, now)
+                    with self._lock:
+                        self.table.refresh(message, now)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
 from ipsec_aio.events import SAAdded
 from ipsec_aio.ike import decode_connection
-from ipsec_aio.join import Join
+from ipsec_aio.join import LISTED_SECONDS, Join
 from ipsec_aio.proofs import Listed, Proofs, decode_certificate
 
 from .ike import IKEWatcher
@@ -29,10 +29,12 @@ from .xfrm import XfrmBackend
 
 if TYPE_CHECKING:
     from ipsec_aio.events import Event
+    from ipsec_aio.evidence import Evidence
     from ipsec_aio.identities import Answer
     from ipsec_aio.ike import Connection
     from ipsec_aio.kernel.netlink import SocketFactory
     from ipsec_aio.sad import Record
+    from ipsec_aio.tokens import PToken
 
 __all__ = ["XfrmViciBackend"]
 
@@ -64,12 +66,15 @@ class XfrmViciBackend(XfrmBackend):
     ) -> None:
         super().__init__(stamp=stamp, trust_policy=trust_policy, socket_factory=socket_factory)
         self.client = ViciClient(vici or DEFAULT_ADDRESS) if client is None else client
-        self.watcher = IKEWatcher(self.client, changed=self._told, clock=self._moment)
+        self.watcher = IKEWatcher(
+            self.client, changed=self._told, clock=self._moment, lock=self._lock
+        )
         self._proofs = Proofs(self.watcher.table)
         self._join = Join(self.mirror, self.watcher.table, self._proofs.ends)
         self._proving: asyncio.Task[None] | None = None
         self._unproved = asyncio.Event()
         self._heard = self.watcher.table.epoch
+        self._listing: asyncio.TimerHandle | None = None
         self.resolver.identified = True
 
     async def start(self) -> None:
@@ -109,6 +114,8 @@ class XfrmViciBackend(XfrmBackend):
         if not self.closed and not gone:
             if self.loop is not None:
                 self.check_loop()
+            if self._listing is not None:
+                self._listing.cancel()
             if self._proving is not None:
                 self._proving.cancel()
                 await asyncio.wait([self._proving])
@@ -139,6 +146,29 @@ class XfrmViciBackend(XfrmBackend):
         with self._lock:
             self.identities_changed()
         self._unproved.set()
+        self._ask()
+
+    def resolve(self, evidence: Evidence) -> PToken:
+        """Return the token for this evidence."""
+        token = super().resolve(evidence)
+        self._ask()
+        return token
+
+    def _ask(self) -> None:
+        """Have charon say again what may have been said of another SA, and what it did not say."""
+        doubtful = self._join.doubtful
+        if doubtful:
+            again = tuple(doubtful)
+            doubtful.clear()
+            self.watcher.look_again(*again)
+        if self._join.wanting and self._listing is None and not self.closed:
+            loop = asyncio.get_running_loop()
+            self._listing = loop.call_later(LISTED_SECONDS + 0.01, self._list_all)
+
+    def _list_all(self) -> None:
+        self._listing = None
+        self._join.wanting = False
+        self.watcher.look_again()
 
     def _take_event(self, event: Event) -> None:
         super()._take_event(event)
@@ -151,6 +181,9 @@ class XfrmViciBackend(XfrmBackend):
     async def _load(self) -> None:
         await super()._load()
         self.watcher.look_again()
+        # Once more after a while, for those that are none of charon's.
+        self._join.wanting = True
+        self._ask()
 
     # Proofs
 

@@ -11,7 +11,7 @@ from ipsec_aio.events import SAAdded, SADeleted, SAMapped
 from ipsec_aio.flow import Mark
 from ipsec_aio.identities import UNIDENTIFIED, Awaited, Identities
 from ipsec_aio.identity import IToken
-from ipsec_aio.join import Join
+from ipsec_aio.join import LISTED_SECONDS, Join
 from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
 from ipsec_aio.tokens import PENDING_SECONDS
 
@@ -51,6 +51,10 @@ class Bench:
     def say(self, name, message):
         self.now += 0.01
         return self.table.apply(name, message, self.now)
+
+    def refresh(self, message) -> None:
+        self.now += 0.01
+        self.table.refresh(message, self.now)
 
     def list_again(self, *listed) -> None:
         self.now += 0.01
@@ -179,6 +183,12 @@ def test_a_number_that_is_used_again():
     assert bench.ask(hers) == Awaited(hers.added + PENDING_SECONDS)
     assert isinstance(bench.ask(his), Awaited), "what was said was of hers"
     bench.say("child-updown", up(ike(2), child(2, spi=SPI)))
+    assert isinstance(bench.ask(his), Awaited), "and this may be old news, too"
+    assert bench.join.doubtful == {2}
+    bench.join.doubtful.clear()
+    assert isinstance(bench.ask(his), Awaited)
+    assert not bench.join.doubtful, "it is asked about once"
+    bench.refresh(sa(ike(2), child(2, spi=SPI)))
     assert bench.ask(his) == BOB
     bench.now += PENDING_SECONDS
     assert bench.ask(hers) == UNIDENTIFIED, "nobody can tell any more"
@@ -199,11 +209,13 @@ def test_sas_of_one_number_are_told_apart_by_mark_and_interface():
         bench.add(of(mark=Mark(5, 0xFFFFFFFF))),
         bench.add(of(if_id=9)),
     )
-    bench.say("child-updown", up(ike(1), child(1) | {"mark-in": b"00000005"}))
+    bench.say("ike-updown", up(ike(1)))
+    bench.say("ike-updown", up(ike(2)))
+    bench.refresh(sa(ike(1), child(1) | {"mark-in": b"00000005"}))
     assert bench.ask(marked) == ALICE
     assert isinstance(bench.ask(plain), Awaited)
     assert isinstance(bench.ask(bound), Awaited)
-    bench.say("child-updown", up(ike(2), child(2, spi=SPI) | {"if-id-in": b"00000009"}))
+    bench.refresh(sa(ike(2), child(2, spi=SPI) | {"if-id-in": b"00000009"}))
     assert (bench.ask(marked), bench.ask(bound)) == (ALICE, BOB)
     bench.now += PENDING_SECONDS
     assert bench.ask(plain) == UNIDENTIFIED
@@ -233,26 +245,47 @@ def test_a_new_address_makes_it_another_until_charon_says_so_again():
     bench.mirror.apply(SAMapped(record.sa.key, 0, PEER, MOVED, 4500, 4501), bench.now)
     (moved,) = bench.mirror.sad.numbered(SPI)
     assert isinstance(bench.ask(moved), Awaited)
-    bench.now += 0.1
-    bench.table.refresh(sa(ike(1, remote_host=b"192.0.2.3"), child(1)), bench.now)
+    bench.refresh(sa(ike(1, remote_host=b"192.0.2.3"), child(1)))
     assert (bench.ask(moved), bench.ask(record)) == (ALICE, ALICE)
 
 
-# By reqid
+# What charon does not list
+
+
+LISTED = sa(ike(1), child(1, reqid=7)), sa(ike(2), child(2, reqid=8))
 
 
 @pytest.fixture
 def reqids():
-    bench = Bench(sa(ike(1), child(1, reqid=7)), sa(ike(2), child(2, reqid=8)))
+    bench = Bench(*LISTED)
     record = bench.add(of(0x9999, reqid=7))
     return bench, record
+
+
+def test_what_charon_does_not_list_after_a_while_is_not_waited_for(reqids):
+    bench, _ = reqids
+    record = bench.add(of(0x9998))
+    assert isinstance(bench.ask(record), Awaited)
+    assert bench.join.wanting
+    bench.list_again(*LISTED)
+    assert isinstance(bench.ask(record), Awaited), "it may be about to"
+    assert not bench.join.keyed_by_hand(record)
+    bench.now += LISTED_SECONDS
+    bench.list_again(*LISTED)
+    bench.join.wanting = False
+    assert bench.ask(record) == UNIDENTIFIED
+    assert bench.join.keyed_by_hand(record)
+    assert not bench.join.wanting
 
 
 def test_a_reqid_names_a_peer_if_it_is_his_alone(reqids):
     bench, record = reqids
     assert isinstance(bench.ask(record), Awaited)
-    bench.now += PENDING_SECONDS + 0.1
+    bench.now += LISTED_SECONDS
+    assert isinstance(bench.ask(record), Awaited)
+    bench.list_again(*LISTED)
     assert bench.ask(record) == ALICE
+    assert not bench.join.keyed_by_hand(record)
     bench.say("child-updown", up(ike(2), child(3, reqid=7)))
     assert bench.ask(record) == UNIDENTIFIED, "not any more"
 
@@ -275,21 +308,29 @@ def test_a_reqid_names_nobody_otherwise(reqids, other):
     record = bench.add(other)
     bench.now += PENDING_SECONDS + 0.1
     assert bench.ask(record) == UNIDENTIFIED
+    bench.list_again(*LISTED)
+    expected = BOB if other.spi == 0x1002 else UNIDENTIFIED
+    assert bench.ask(record) == expected
 
 
-def test_a_reqid_does_not_count_while_charon_is_away_nor_for_what_is_gone(reqids):
+def test_what_charon_lacks_means_nothing_while_it_is_away_nor_for_what_is_gone(reqids):
     bench, record = reqids
     bench.now += PENDING_SECONDS + 0.1
+    bench.list_again(*LISTED)
     bench.table.begin_resync(bench.now)
     assert bench.ask(record) == UNIDENTIFIED
-    bench.table.finish_resync(bench.now)
+    assert not bench.join.keyed_by_hand(record)
+    bench.list_again(*LISTED)
+    assert bench.ask(record) == ALICE
     bench.remove(record.sa)
     assert bench.ask(record) == UNIDENTIFIED
+    assert not bench.join.keyed_by_hand(record)
 
 
 def test_a_reqid_whose_children_are_gone_names_nobody(reqids):
     bench, record = reqids
-    bench.now += PENDING_SECONDS
+    bench.now += LISTED_SECONDS
+    bench.list_again(*LISTED)
     bench.say("child-updown", sa(ike(1), child(1, reqid=7)))
     assert bench.ask(record) == UNIDENTIFIED
 
@@ -298,10 +339,15 @@ def test_tombstones_outlive_no_word_of_charon():
     assert synced().linger > TOMBSTONE_SECONDS
 
 
-def test_what_is_certainly_not_charon_s():
-    bench = Bench(sa(ike(1), child(1, reqid=7)))
-    assert bench.join.keyed_by_hand(bench.add(of(0x9999)))
-    assert not bench.join.keyed_by_hand(bench.add(of())), "its number is known"
-    assert not bench.join.keyed_by_hand(bench.add(of(0x9998, reqid=7)))
-    bench.table.begin_resync()
-    assert not bench.join.keyed_by_hand(bench.add(of(0x9999)))
+def test_what_is_doubted_is_remembered_within_bounds(monkeypatch):
+    monkeypatch.setattr("ipsec_aio.join._DOUBTED", 1)
+    bench = Bench()
+    for spi in (SPI, SPI + 1):
+        bench.remove(bench.add(of(spi)).sa)
+        bench.add(of(spi))
+    for number in (1, 2):
+        bench.say("child-updown", up(ike(number), child(number)))
+    for spi in (SPI, SPI + 1):
+        bench.ask(bench.mirror.sad._records[of(spi).key])
+    assert bench.join.doubtful == {1, 2}
+    assert len(bench.join._doubted) == 1

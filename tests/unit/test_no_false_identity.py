@@ -1,0 +1,353 @@
+"""Tokens and their peers against a kernel and a keying daemon that are played.
+
+All peers are behind one address, with one reqid and one algorithm. Packets wait in the socket's
+queue and the daemon's word in its socket, though not as long as removed SAs are remembered; SPIs are
+used again; both ends are lost and come back. No token may name another than who sent its packets,
+and none may change its mind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sas import esp, seen
+from test_ike import LOCAL, PEER, child, ike, sa, up
+
+from ipsec_aio.events import SAAdded, SADeleted
+from ipsec_aio.identities import UNIDENTIFIED, Identities
+from ipsec_aio.identity import IToken
+from ipsec_aio.ike import IKETable
+from ipsec_aio.join import Join
+from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
+from ipsec_aio.sa import SA
+from ipsec_aio.tokens import PToken, Resolver
+
+SPIS = st.integers(0x1001, 0x1004)
+NAMES = st.sampled_from(["alice", "bob", "carol"])
+TICK = 0.001
+
+
+@dataclass(eq=False)
+class Child:
+    """A child of charon's, and the kernel's SA."""
+
+    number: int
+    sa: SA
+    state: str = "INSTALLED"
+
+    @property
+    def section(self):
+        return child(self.number, self.state, spi=self.sa.spi, reqid=1)
+
+
+@dataclass(eq=False)
+class IKE:
+    """An IKE SA of charon's."""
+
+    number: int
+    spi: int
+    peer: str
+    children: list[Child] = field(default_factory=list)
+
+    @property
+    def section(self):
+        return ike(self.number, spi=self.spi, remote_id=self.peer.encode())
+
+
+@dataclass(eq=False)
+class Sent:
+    """A token that packets of a peer came with, and whom it ever named."""
+
+    token: PToken
+    peer: str | None
+    named: set[IToken] = field(default_factory=set)
+
+
+class Peers(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 100.0
+        self.count = 0
+        self.kernel: dict[int, tuple[SA, str | None]] = {}
+        self.events: list = []
+        self.queue: list = []
+        self.ikes: list[IKE] = []
+        self.words: list = []
+        self.there = True
+        self.sent: list[Sent] = []
+        self.slow: set[str] = set()
+        self.mirror = Mirror()
+        self.table = IKETable()
+        self.join = Join(self.mirror, self.table, self.ends)
+        self.resolver = Resolver(self.mirror, lambda: self.now)
+        self.resolver.generation = 1
+        self.resolver.identified = True
+        self.resolver.identify = self.join.identities_of
+        self.resolver.lookup_missing = self.lookup
+        self.resync()
+        self.list_all()
+
+    # What connects the two with the engine: as the backend does
+
+    def lookup(self, key) -> bool:
+        self.drain()
+        return True
+
+    def ends(self, ike_sa):
+        name = ike_sa.peer_id
+        return None if name in self.slow else Identities(None, IToken.named(name))
+
+    def drain(self) -> None:
+        for event in self.events:
+            self.mirror.apply(event, self.now)
+        self.events.clear()
+        self.mirror.advance(self.now)
+
+    def moment(self) -> float:
+        self.now += TICK
+        self.drain()
+        return self.now
+
+    def changed(self) -> None:
+        self.mirror.bump()
+        self.resolver.settle_all()
+        again, everything = set(self.join.doubtful), self.join.wanting
+        self.join.doubtful.clear()
+        self.join.wanting = False
+        if self.there and everything:
+            self.list_all()
+        elif self.there:
+            for number in again:
+                self.list_again(number)
+
+    def list_again(self, number) -> None:
+        now = self.moment()
+        for each in self.ikes:
+            if each.number == number:
+                self.table.refresh(self.listed(each), now)
+        self.changed()
+
+    def list_all(self) -> None:
+        self.table.begin_resync(self.moment())
+        for each in self.ikes:
+            self.table.load(self.listed(each))
+        self.table.finish_resync(self.moment())
+        self.changed()
+
+    def listed(self, each: IKE):
+        return sa(each.section, *(c.section for c in each.children))
+
+    def resync(self) -> None:
+        self.events.clear()
+        self.mirror.begin_resync(self.now)
+        for known, _ in self.kernel.values():
+            self.mirror.load(SAAdded(known), self.now)
+        self.mirror.finish_resync(self.now)
+        self.resolver.settle_all()
+
+    # The kernel
+
+    def put(self, spi, peer) -> SA:
+        known = esp(spi, PEER, LOCAL, reqid=1 if peer else 0)
+        self.kernel[spi] = known, peer
+        self.events.append(SAAdded(known))
+        return known
+
+    def take(self, known: SA) -> None:
+        if self.kernel.get(known.spi, (None,))[0] is known:
+            del self.kernel[known.spi]
+            self.events.append(SADeleted(known.key))
+
+    @rule(spi=SPIS)
+    def key_by_hand(self, spi):
+        if spi not in self.kernel:
+            self.put(spi, None)
+
+    @rule(data=st.data())
+    def delete_by_hand(self, data):
+        mine = [known for known, peer in self.kernel.values() if peer is None]
+        if mine:
+            self.take(data.draw(st.sampled_from(mine)))
+
+    # charon
+
+    def number(self) -> int:
+        self.count += 1
+        return self.count
+
+    def say(self, name, message) -> None:
+        if self.there:
+            self.words.append((name, message, self.now))
+
+    @rule(name=NAMES)
+    def connect(self, name):
+        number = self.number()
+        self.ikes.append(IKE(number, number, name))
+        self.say("ike-updown", up(self.ikes[-1].section))
+
+    @precondition(lambda self: self.ikes)
+    @rule(data=st.data(), spi=SPIS)
+    def install(self, data, spi):
+        if spi in self.kernel:
+            return
+        parent = data.draw(st.sampled_from(self.ikes))
+        new = Child(self.number(), self.put(spi, parent.peer))
+        parent.children.append(new)
+        self.say("child-updown", up(parent.section, new.section))
+
+    @precondition(lambda self: any(each.children for each in self.ikes))
+    @rule(data=st.data(), spi=SPIS)
+    def rekey(self, data, spi):
+        if spi in self.kernel:
+            return
+        parent = data.draw(st.sampled_from([each for each in self.ikes if each.children]))
+        old = data.draw(st.sampled_from(parent.children))
+        new = Child(self.number(), self.put(spi, parent.peer))
+        parent.children.append(new)
+        old.state = "DELETED"
+        both = {"old": old.section, "new": new.section}
+        self.say("child-rekey", {"conn": parent.section | {"child-sas": {"net": both}}})
+
+    @precondition(lambda self: any(each.children for each in self.ikes))
+    @rule(data=st.data())
+    def end(self, data):
+        parent = data.draw(st.sampled_from([each for each in self.ikes if each.children]))
+        old = data.draw(st.sampled_from(parent.children))
+        parent.children.remove(old)
+        self.take(old.sa)
+        if old.state != "DELETED":
+            self.say("child-updown", sa(parent.section, old.section))
+
+    @precondition(lambda self: self.ikes)
+    @rule(data=st.data())
+    def disconnect(self, data):
+        parent = data.draw(st.sampled_from(self.ikes))
+        self.ikes.remove(parent)
+        for old in parent.children:
+            self.take(old.sa)
+        self.say("ike-updown", sa(parent.section))
+        self.say("child-updown", sa(parent.section, *(c.section for c in parent.children)))
+
+    @precondition(lambda self: self.ikes)
+    @rule(data=st.data())
+    def rekey_ike(self, data):
+        parent = data.draw(st.sampled_from(self.ikes))
+        old, parent.number, parent.spi = parent.section, self.number(), self.count
+        self.say("ike-rekey", {"conn": {"old": old, "new": parent.section}})
+
+    @rule(flush=st.booleans())
+    def restart(self, flush):
+        """charon forgets all, counts anew, and may leave its SAs behind."""
+        if flush:
+            for parent in self.ikes:
+                for old in parent.children:
+                    self.take(old.sa)
+        self.ikes.clear()
+        self.count = 0
+        self.go_away()
+
+    @rule()
+    def go_away(self):
+        self.there = False
+        self.words.clear()
+        self.table.begin_resync()
+        self.changed()
+
+    @precondition(lambda self: not self.there)
+    @rule()
+    def come_back(self):
+        self.there = True
+        self.list_all()
+
+    @precondition(lambda self: self.words)
+    @rule(count=st.integers(1, 3))
+    def hear(self, count):
+        for _ in range(min(count, len(self.words))):
+            name, message, _ = self.words.pop(0)
+            for number in self.table.apply(name, message, self.moment()):
+                self.list_again(number)
+            self.changed()
+
+    @rule(name=NAMES)
+    def judge_slowly(self, name):
+        self.slow ^= {name}
+        self.changed()
+
+    # Packets
+
+    @precondition(lambda self: self.kernel)
+    @rule(data=st.data())
+    def send(self, data):
+        known, peer = data.draw(st.sampled_from(list(self.kernel.values())))
+        self.queue.append((seen(known.spi, local=LOCAL, peer=PEER), peer))
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def receive(self):
+        evidence, peer = self.queue.pop(0)
+        self.drain()
+        self.sent.append(Sent(self.resolver.resolve(evidence), peer))
+        self.changed()
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def forget(self, data):
+        self.sent.remove(data.draw(st.sampled_from(self.sent)))
+
+    # Time, and losses
+
+    @rule(seconds=st.sampled_from([0.1, 0.6, 2.1, 11.0, 31.0]))
+    def wait(self, seconds):
+        while self.queue:
+            self.receive()
+        while self.words and self.now + seconds > self.words[0][2] + TOMBSTONE_SECONDS:
+            self.hear(1)
+        self.now += seconds
+        self.drain()
+        self.table.advance(self.now)
+        self.changed()
+
+    @rule()
+    def lose(self):
+        while self.queue:
+            self.receive()
+        self.resync()
+        if self.there:
+            self.list_all()
+
+    # What must hold
+
+    @invariant()
+    def nobody_is_named_who_did_not_send_it(self):
+        for each in self.sent:
+            peer = each.token.peer
+            if peer is not None:
+                each.named.add(peer)
+            assert not each.named or each.named == {IToken.named(str(each.peer))}
+            assert peer is not None or not each.named, "it was named and is not any more"
+
+    @invariant()
+    def a_channel_is_one_token(self):
+        channels = {}
+        for each in self.sent:
+            token = each.token
+            if not token.pending:
+                key = token._verdict, token._identities
+                whole = token if token._channel is None else token._channel
+                assert channels.setdefault(key, whole) is whole
+
+    @invariant()
+    def nobody_s_sas_are_another_s(self):
+        owners = {id(known): peer for known, peer in self.kernel.values()}
+        for each in self.sent:
+            if each.token._identities != UNIDENTIFIED:
+                for known in each.token.sas:
+                    # What the mirror has not heard of yet is gone from the kernel.
+                    assert owners.get(id(known), each.peer) == each.peer
+
+
+TestPeers = Peers.TestCase
+TestPeers.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
