@@ -2,8 +2,9 @@
 
 Rules:
 
-* An SA is found by destination, protocol and SPI; where several have those, by mark and interface
-  id as well.
+* An SA is found by its addresses, protocol, SPI and mode; where several have those, by mark and
+  interface id as well. charon does not see its SAs go, and keeps their numbers: only source and
+  mode tell its SA from one that another key manager made since.
 * An SPI may be used again. What charon said counts for an SA that was there when it said so, and
   for a removed one only while no other SA has its number. An event may have been raised some time
   before it was read: where another SA had the number shortly before, only what was asked for
@@ -12,7 +13,8 @@ Rules:
   its identities are awaited; unless charon, asked when the SA had been there for
   ``LISTED_SECONDS``, did not list it: then it is none of charon's.
 * A reqid counts only for such an SA, and only if all children of that reqid belong to one IKE SA
-  between the SA's own addresses. Then it is the kernel's policies that take the one for the other.
+  between the SA's own addresses that came up before it: what a charon that died has left behind is
+  nobody's. Then it is the kernel's policies that take the one for the other.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class Join:
         found = [
             each
             for each in self.table.find(sa.destination, sa.proto, sa.spi)
-            if self.table.told(each.child) >= record.added
+            if self.table.told(each.child) >= record.added and _is_alike(sa, each)
         ]
         if not record.alone:
             asked = [each for each in found if self.table.asked(each.child) >= record.added]
@@ -149,6 +151,9 @@ class Join:
         if len(keys) != 1:
             return ()
         (ike,) = (ike for ike in self.table.parents() if ike.key in keys)
+        came = self.table.came(ike.key)
+        if came is None or came > record.added:
+            return ()
         between = (ike.remote_host, ike.local_host) == (sa.source, sa.destination)
         alike = any(
             (child.reqid, child.proto, child.mode) == (sa.reqid, sa.proto, sa.mode)
@@ -156,6 +161,10 @@ class Join:
             for child in self.table.children(ike)
         )
         return (ike,) if between and alike else ()
+
+
+def _is_alike(sa: SA, told: Negotiated) -> bool:
+    return sa.source == told.ike.remote_host and told.child.mode in (None, sa.mode)
 
 
 def _marked_alike(sa: SA, child: ChildSA) -> bool:

@@ -237,7 +237,11 @@ class Mirror:
             self._play(event, now)
         for record in old.sad:
             current = self.get(record.sa.key)
-            if current is None or not _same(current, record.sa):
+            if (
+                current is None
+                or not _same(current, record.sa)
+                or current.usage.add_time != record.sa.usage.add_time
+            ):
                 self._bury(record, now)
         self.synced = True
         self.bump()

@@ -41,7 +41,7 @@ __all__ = ["XfrmViciBackend"]
 _log: Final = logging.getLogger("ipsec_aio.ike")
 _START_SECONDS: Final = 10.0
 # Identities wait for it: an answer that takes longer is none.
-_PROOF_SECONDS: Final = 1.0
+_PROOF_SECONDS: Final = 10.0
 # How old what is known of charon's configuration may get before an IKE SA comes up under it.
 _PROOF_INTERVAL: Final = 10.0
 

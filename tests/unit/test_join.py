@@ -221,6 +221,21 @@ def test_sas_of_one_number_are_told_apart_by_mark_and_interface():
     assert bench.ask(plain) == UNIDENTIFIED
 
 
+@pytest.mark.parametrize("other", [of(source=MOVED), of(mode=1)])
+def test_an_sa_that_somebody_put_in_the_place_of_charon_s(other):
+    bench = Bench()
+    hers = bench.add(of())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.ask(hers) == ALICE
+    bench.remove(hers.sa)
+    record = bench.add(other)
+    bench.refresh(sa(ike(1), child(1)))
+    bench.now += PENDING_SECONDS
+    bench.list_again(sa(ike(1), child(1)))
+    assert bench.ask(record) == UNIDENTIFIED
+    assert not bench.join.keyed_by_hand(record)
+
+
 def test_charon_that_contradicts_itself_names_nobody():
     bench = Bench()
     record = bench.add(of())
@@ -257,9 +272,23 @@ LISTED = sa(ike(1), child(1, reqid=7)), sa(ike(2), child(2, reqid=8))
 
 @pytest.fixture
 def reqids():
-    bench = Bench(*LISTED)
+    bench = Bench()
+    for number, message in enumerate(LISTED, 1):
+        bench.say("ike-updown", up(ike(number)))
+        bench.say("child-updown", {"up": b"yes"} | message)
     record = bench.add(of(0x9999, reqid=7))
     return bench, record
+
+
+def test_a_reqid_names_nobody_who_came_after_the_sa():
+    for listed in ((), LISTED):
+        bench = Bench(*listed)
+        record = bench.add(of(0x9999, reqid=7))
+        if not listed:
+            bench.say("ike-updown", up(ike(1)))
+        bench.now += LISTED_SECONDS
+        bench.list_again(*LISTED)
+        assert bench.ask(record) == UNIDENTIFIED
 
 
 def test_what_charon_does_not_list_after_a_while_is_not_waited_for(reqids):

@@ -453,3 +453,14 @@ class MirrorModel(RuleBasedStateMachine):
 
 TestMirrorModel = MirrorModel.TestCase
 TestMirrorModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_an_sa_that_was_added_anew_during_a_loss_is_another(mirror):
+    old = replace(esp(), usage=Usage(add_time=1))
+    mirror.apply(SAAdded(old), 1)
+    for now, new in ((2, replace(old, usage=Usage(packets=5, add_time=1))), (3, esp())):
+        mirror.begin_resync(now)
+        mirror.load(SAAdded(new), now)
+        mirror.finish_resync(now)
+        buried = [record.sa for record in mirror.graveyard.numbered(old.spi)]
+        assert len(buried) == (new.usage.add_time != 1)

@@ -1,9 +1,9 @@
 """Tokens and their peers against a kernel and a keying daemon that are played.
 
 All peers are behind one address, with one reqid and one algorithm. Packets wait in the socket's
-queue and the daemon's word in its socket, though not as long as removed SAs are remembered; SPIs are
-used again; both ends are lost and come back. No token may name another than who sent its packets,
-and none may change its mind.
+queue and the daemon's word in its socket, though not as long as removed SAs are remembered; SPIs
+are used again; both ends are lost and come back. No token may name another than who sent its
+packets, and none may change its mind.
 """
 
 from __future__ import annotations

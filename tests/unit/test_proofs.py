@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from test_identity import recorded
 from test_ike import ike, sa, synced, up
 
 from ipsec_aio.identities import Identities
-from ipsec_aio.identity import AuthenticationMethod, IdentityKind, IToken
+from ipsec_aio.identity import AuthenticationMethod, Certificate, IdentityKind, IToken
 from ipsec_aio.ike import AuthenticationRound, Connection, decode_connection
 from ipsec_aio.names import ike_text
 from ipsec_aio.proofs import CACHED, Listed, Proofs, decode_certificate
@@ -122,8 +124,6 @@ def test_two_certificates_of_one_name_say_nothing():
         for each in CERTIFICATES
         if not each.own and each.certificate.identifies(IToken.named(ALICE))
     )
-    from dataclasses import replace
-
     other = Listed(replace(hers.certificate, public_key=b"another"), False)
     token = Bench(certificates=[*CERTIFICATES, other]).peer("x509", section(peer=ALICE))
     assert token.opaque
@@ -183,6 +183,13 @@ def test_a_certificate_that_may_not_have_been_asked_for(subjects):
 def test_a_configured_one_that_is_not_listed():
     token = Bench([trusting(ALICE)], []).peer("x509", section(peer=ALICE))
     assert (method(token), token.opaque) == (None, True)
+
+
+def test_a_certificate_whose_subject_cannot_be_printed():
+    name = "alice.example.org"
+    odd = Certificate(b"?", b"?", b"key", frozenset({(IdentityKind.FQDN, name)}))
+    token = Bench([trusting("?")], [Listed(odd, False)]).peer("x509", section(peer=name))
+    assert (str(token), method(token)) == (name, None)
 
 
 # Only what was listed before and after
