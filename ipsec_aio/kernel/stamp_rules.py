@@ -44,9 +44,11 @@ Rules:
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from .nfnetlink import Expression, data, expression, flags, nft, schema, verdict
+from .nfnetlink import Expression, Request, data, expression, flags, nft, schema, sent, verdict
 
 __all__ = [
     "CHAINS",
@@ -135,12 +137,19 @@ def _inbound_spi() -> Expression:
     return expression("xfrm", dreg=_REG, key=_SPI, dir=_INBOUND, spnum=_OUTERMOST)
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rule:
     """A rule: what it is for, the kernel module that it needs beyond nf_tables, expressions."""
 
     purpose: str
     module: str
     expressions: tuple[Expression, ...]
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The expressions as the kernel gets them, and as it has to give them back."""
+        name = "NFTA_RULE_EXPRESSIONS"
+        return sent(Request(nft.NFT_MSG_NEWRULE, [(name, self.expressions)]))[name]
 
 
 class Chain(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable, CodecError
@@ -238,15 +237,9 @@ def _rule_faults(rules: list[Message], chains: list[Message]) -> Iterable[str]:
         if len(found) != len(meant):
             yield f"chain {name} has {len(found)} rules, not {len(meant)}"
             continue
-        for rule, expressions, message in zip(meant, _expressions(name), found, strict=True):
-            if message.attributes.get("NFTA_RULE_EXPRESSIONS") != expressions:
+        for rule, message in zip(meant, found, strict=True):
+            if message.attributes.get("NFTA_RULE_EXPRESSIONS") != rule.encoded:
                 yield f"chain {name}: the rule to {rule.purpose} was altered"
-
-
-@cache
-def _expressions(chain: str) -> list[bytes]:
-    meant = CHAINS[chain]
-    return [sent(_rule(meant, rule))["NFTA_RULE_EXPRESSIONS"] for rule in meant.rules]
 
 
 def _set_fault(sets: list[Message]) -> str:

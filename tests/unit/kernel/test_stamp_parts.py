@@ -54,6 +54,19 @@ def test_many_ports_are_sent_and_read_back(netlink: NftSocket) -> None:
     assert stamp_table.read(netlink).ports == set()
 
 
+def test_a_table_is_measured_by_what_is_meant_now(
+    netlink: NftSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp_table.install(netlink, owned=False)
+    assert not stamp_table.read(netlink).problem
+    cut = INPUT._replace(rules=INPUT.rules[1:])
+    monkeypatch.setitem(CHAINS, "input", cut)
+    assert "has 7 rules, not 6" in stamp_table.read(netlink).problem
+    monkeypatch.setattr(stamp_table, "INPUT", cut)
+    stamp_table.install(netlink, owned=False, replace=True)
+    assert not stamp_table.read(netlink).problem
+
+
 def test_a_port_that_is_not_there_cannot_be_taken_out(netlink: NftSocket) -> None:
     stamp_table.install(netlink, owned=False)
     with pytest.raises(FileNotFoundError):
