@@ -42,6 +42,7 @@ from .errors import (
     TokenError,
 )
 from .identity import AuthenticationMethod, IdentityKind, IToken
+from .latch import Latch, LatchParameters, LatchReason, LatchState, LatchStatus
 from .net.context import current_ptoken
 from .net.datagram import DatagramTransport
 from .net.endpoints import create_datagram_endpoint
@@ -66,6 +67,11 @@ __all__ = [
     "IPsecError",
     "IToken",
     "IdentityKind",
+    "Latch",
+    "LatchParameters",
+    "LatchReason",
+    "LatchState",
+    "LatchStatus",
     "MemoryBackend",
     "PToken",
     "ProtectionError",

@@ -7,6 +7,7 @@ Rules:
   evidence against new tables could name another peer. What ends it is a change of the stamp,
   which kept clear segments off: then it is UNKNOWN for good. (A token that waits for its SA
   settles by itself.)
+  The kernel's own latch keeps clear segments off as well, so there the token stands.
 * Every other connection is inferred from the SPD, which also judges the segments to come: it is
   asked again whenever the backend's epoch moves. Its token may get weaker and recover, but never
   says more than the first one that said anything, since earlier bytes came under that.
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
-from ipsec_aio.errors import BackendError
+from ipsec_aio.errors import BackendError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_TCP, Evidence
 from ipsec_aio.flow import pack_address
 
@@ -39,14 +40,17 @@ from . import registry
 from .context import TokenCell
 from .enforce import Where, weakly
 from .forward import user_of
+from .latching import guard_for
 from .listening import Listener, run_soon, unfitness
 from .protocols import takes_token
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend
+    from ipsec_aio.latch import Latch, LatchStatus, ListenerLatch
     from ipsec_aio.tokens import PToken
 
     from .enforce import Enforcement
+    from .latching import Guard
 
 __all__ = ["Connection", "Judge"]
 
@@ -72,6 +76,7 @@ class Connection(TokenCell):
         "enforcement",
         "evidence",
         "extra",
+        "guard",
     )
 
     def __init__(
@@ -88,6 +93,8 @@ class Connection(TokenCell):
         self._ceiling = Assurance.UNKNOWN
         self._transport: Callable[[], asyncio.BaseTransport | None] = _nothing
         self._context: Context | None = None
+        self.guard: Guard | None = None
+        """What follows its latch; None where it is not latched."""
         self.evidence = _nowhere("not connected yet")
         self.extra: MutableMapping[str, Any] | None = None
         """A transport's own extra information, where ``"ptoken"`` is looked up."""
@@ -164,17 +171,27 @@ class Connection(TokenCell):
             self._transport = lambda: transport
         self._context = context
 
-    def tell(self, callback: str, *arguments: object) -> None:
-        """Call a method of the user's protocol if that is one of ours and not closing."""
-        transport, context = self._transport(), self._context
-        if transport is None or context is None or transport.is_closing():
+    @property
+    def transport(self) -> asyncio.BaseTransport | None:
+        """The loop's transport; None before it is handed over, and when it is gone."""
+        return self._transport()
+
+    def enter(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call back in the connection's context."""
+        if self._context is not None:
+            # A copy can be entered from inside the context itself.
+            self._context.copy().run(callback, *arguments)
+
+    def tell(self, callback: str, *arguments: object, ours: bool = True) -> None:
+        """Call a method of the user's protocol, if it is not closing; of ours alone, or of any."""
+        transport = self._transport()
+        if transport is None or transport.is_closing():
             return
         protocol = user_of(transport)
-        if not takes_token(protocol):
+        if protocol is None or (ours and not takes_token(protocol)):
             return
         try:
-            # A copy can be entered from inside the context itself.
-            context.copy().run(getattr(protocol, callback), *arguments)
+            self.enter(getattr(protocol, callback), *arguments)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -187,10 +204,35 @@ class Connection(TokenCell):
                 }
             )
 
+    def latch(
+        self, transport: asyncio.BaseTransport, options: Latch, listener: ListenerLatch | None
+    ) -> ProtectionError | None:
+        """Latch it, right before it is handed over; return what stands in the way."""
+        sock: socket.socket | None = transport.get_extra_info("socket")
+        token: Any = self.ptoken
+        made = guard_for(self, self._judge, token, options, listener, sock)
+        if isinstance(made, ProtectionError):
+            return made
+        self.guard = made
+        self._judge.latched.add(self)
+        return None
+
+    @property
+    def latch_status(self) -> LatchStatus | None:
+        """How its latch is; None where it is not latched."""
+        return None if self.guard is None else self.guard.status
+
+    @property
+    def is_kept_clean(self) -> bool:
+        """Whether the kernel keeps clear segments off it even without the stamp."""
+        return self.guard is not None and self.guard.keeps_clear_off
+
     def close(self) -> None:
         """The connection is gone. Idempotent."""
         if self.enforcement is not None:
             self.enforcement.close()
+        if self.guard is not None:
+            self.guard.close()
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.release()
@@ -209,6 +251,8 @@ class Connection(TokenCell):
 
     def discredit(self, reason: str) -> None:
         """Make it UNKNOWN for good."""
+        if self.guard is not None:
+            self.guard.void()
         e = self.evidence
         self.evidence = Evidence(
             e.protocol, e.local, e.local_port, e.peer, e.peer_port, doubt=reason
@@ -239,6 +283,7 @@ class Judge:
         "_unsubscribe",
         "_when_closed",
         "inferred",
+        "latched",
         "listeners",
     )
 
@@ -248,6 +293,7 @@ class Judge:
         self._backend = backend
         self._when_closed = backend.resolve(_nowhere("the backend is closed"))
         self.inferred: WeakSet[Connection] = WeakSet()
+        self.latched: WeakSet[Connection] = WeakSet()
         self.listeners: WeakSet[Listener] = WeakSet()
         self._unsubscribe = backend.subscribe(weakly(self._changed))
 
@@ -268,6 +314,14 @@ class Judge:
         """The backend."""
         return self._backend
 
+    def time(self) -> float:
+        """The loop's time."""
+        return self._loop.time()
+
+    def call_at(self, when: float, method: Callable[[], None]) -> asyncio.TimerHandle:
+        """Have the loop call a method at that time, if its object is still there."""
+        return self._loop.call_at(when, weakly(method))
+
     def report(self, context: dict[str, Any]) -> None:
         """Give what a callback has raised to the loop."""
         self._loop.call_exception_handler(context)
@@ -285,10 +339,15 @@ class Judge:
             return self._when_closed
 
     def _changed(self) -> None:
+        # Latches first: what conflicts is held before anybody is told of new tokens.
+        for connection in list(self.latched):
+            if connection.guard is not None:
+                connection.guard.look()
         closed = self.resolve(_nowhere("a trial")) is self._when_closed
         for listener in list(self.listeners):
             for connection in list(listener.stamped):
-                if closed or connection.evidence.generation != listener.generation:
+                lost = connection.evidence.generation != listener.generation
+                if closed or (lost and not connection.is_kept_clean):
                     listener.stamped.discard(connection)
                     connection.discredit("the stamp was lost while the connection stood")
         for connection in list(self.inferred):

@@ -9,6 +9,7 @@ Rules:
   connection's callback. So that is run in the connection's own context.
 * uvloop runs all connections of a server in one context, so there a protocol stands in that
   enters the connection's own: 40 ns a read, all in C.
+* A latched connection has both on either loop: its transport can be held (:mod:`.latching`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from weakref import ReferenceType, ref
 
 if TYPE_CHECKING:
     from .connection import Connection
+    from .latching import Guard
 
 __all__ = ["Bond", "ForwardingTransport", "bond_of", "dress", "enter", "undress", "user_of"]
 
 
-_TOLD = {"ptoken": "ptoken", "ipsec_enforced": "enforced"}
+_TOLD = {"ptoken": "ptoken", "ipsec_enforced": "enforced", "ipsec_latch": "latch_status"}
 """What a connection tells as extra information."""
 
 
@@ -44,6 +46,9 @@ class Bond(NamedTuple):
 def dress(transport: asyncio.Transport, bond: Bond) -> asyncio.Transport:
     """Return the transport that the user gets for the loop's: the same where that will do."""
     bond.connection.carried_by(transport, bond.context)
+    guard = bond.connection.guard
+    if guard is not None:
+        return LatchedTransport(transport, bond, guard)
     own = getattr(transport, "__dict__", None)
     if own is None:
         return ForwardingTransport(transport, bond)
@@ -68,11 +73,7 @@ def undress(transport: asyncio.BaseTransport) -> asyncio.BaseTransport:
 
 def user_of(transport: asyncio.BaseTransport) -> asyncio.BaseProtocol | None:
     """Return the user's protocol of a loop's transport; None when the connection is over."""
-    try:
-        protocol = cast("asyncio.BaseProtocol | None", transport.get_protocol())
-    except AttributeError:
-        # So asyncio's TLS transports tell that they were closed.
-        return None
+    protocol = cast("asyncio.BaseProtocol | None", transport.get_protocol())
     return protocol.protocol if isinstance(protocol, _Entering) else protocol
 
 
@@ -170,6 +171,45 @@ class ForwardingTransport(asyncio.Transport):
         return repr(self.raw)
 
 
+class LatchedTransport(ForwardingTransport):
+    """A transport that can be held: what is written and read goes by its guard."""
+
+    __slots__ = ("_guard",)
+
+    def __init__(self, raw: asyncio.Transport, bond: Bond, guard: Guard) -> None:
+        super().__init__(raw, bond)
+        self._guard = guard
+        self.write = guard.write  # type: ignore[method-assign]
+        self.writelines = guard.writelines  # type: ignore[method-assign]
+        guard.carried_by(raw)
+
+    def close(self) -> None:
+        # What is held may not leave, and nobody can wait for that.
+        if self._guard.held:
+            self.raw.abort()
+        else:
+            self.raw.close()
+
+    def is_reading(self) -> bool:
+        return not self._guard.held and self.raw.is_reading()
+
+    def pause_reading(self) -> None:
+        self._guard.pause_reading(self.raw)
+
+    def resume_reading(self) -> None:
+        self._guard.resume_reading(self.raw)
+
+    def get_write_buffer_size(self) -> int:
+        return self.raw.get_write_buffer_size() + self._guard.kept
+
+    def write_eof(self) -> None:
+        self._guard.write_eof(self.raw)
+
+    @property
+    def _sendfile_compatible(self) -> Any:
+        raise NotImplementedError("sendfile would pass a latch by")
+
+
 class _Entering:
     """A protocol that runs another in its connection's context."""
 
@@ -184,14 +224,33 @@ class _Entering:
         connection.run(self.protocol.connection_lost, exc)
 
     def pause_writing(self) -> None:
-        self.bond.connection.run(self.protocol.pause_writing)
+        guard = self.bond.connection.guard
+        if guard is None:
+            self.bond.connection.run(self.protocol.pause_writing)
+        else:
+            guard.set_full(True)
 
     def resume_writing(self) -> None:
-        self.bond.connection.run(self.protocol.resume_writing)
+        guard = self.bond.connection.guard
+        if guard is None:
+            self.bond.connection.run(self.protocol.resume_writing)
+        else:
+            guard.set_full(False)
 
     def eof_received(self) -> bool | None:
+        guard = self.bond.connection.guard
+        if guard is not None and not guard.admits():
+            # Open until it was told.
+            guard.keep(self._late_eof)
+            return True
         callback: Callable[[], bool | None] | None = getattr(self.protocol, "eof_received", None)
         return None if callback is None else self.bond.connection.run(callback)
+
+    def _late_eof(self) -> None:
+        callback: Callable[[], bool | None] | None = getattr(self.protocol, "eof_received", None)
+        transport = self.bond.connection.transport
+        if (callback is None or not callback()) and transport is not None:
+            transport.close()
 
 
 class _EnteringStream(_Entering, asyncio.Protocol):
@@ -213,11 +272,46 @@ class _EnteringBuffered(_Entering, asyncio.BufferedProtocol):
         self.buffer_updated = partial(bond.context.run, protocol.buffer_updated)  # type: ignore[method-assign]
 
 
+class _LatchedStream(_Entering, asyncio.Protocol):
+    __slots__ = ("bond", "guard", "protocol")
+
+    def __init__(self, protocol: Any, bond: Bond, guard: Guard) -> None:
+        self.protocol = protocol
+        self.bond = bond
+        self.guard = guard
+
+    def data_received(self, data: bytes) -> None:
+        if self.guard.admits():
+            self.bond.connection.enter(self.protocol.data_received, data)
+        else:
+            self.guard.keep(self.protocol.data_received, data)
+
+
+class _LatchedBuffered(_EnteringBuffered):
+    __slots__ = ("guard",)
+
+    def __init__(self, protocol: Any, bond: Bond, guard: Guard) -> None:
+        super().__init__(protocol, bond)
+        self.guard = guard
+        self.buffer_updated = self._updated  # type: ignore[method-assign]
+
+    def _updated(self, nbytes: int) -> None:
+        if self.guard.admits():
+            self.bond.connection.enter(self.protocol.buffer_updated, nbytes)
+        else:
+            # Nothing is read any more, so it stays in the buffer.
+            self.guard.keep(self.protocol.buffer_updated, nbytes)
+
+
 def enter(protocol: asyncio.BaseProtocol, bond: Bond) -> asyncio.BaseProtocol:
-    """Return what the loop is to call: a stand-in only where the loop shares its contexts."""
-    if not bond.shared:
+    """Return what the loop is to call: a stand-in only where the loop shares its contexts, and for
+    latched connections.
+    """
+    guard = bond.connection.guard
+    if not bond.shared and guard is None:
         return protocol
     # uvloop's own rule for how a protocol wants to read.
-    if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):
-        return _EnteringBuffered(protocol, bond)
-    return _EnteringStream(protocol, bond)
+    buffered = hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol)
+    if guard is not None:
+        return (_LatchedBuffered if buffered else _LatchedStream)(protocol, bond, guard)
+    return (_EnteringBuffered if buffered else _EnteringStream)(protocol, bond)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from ipsec_aio.backends.contract import Backend
+    from ipsec_aio.latch import Latch
     from ipsec_aio.require import Require
 
     from .server import Server
@@ -66,7 +67,7 @@ async def start_server(
     require: Require | None = None,
     enforce: str = "auto",
     deadline: float = 1.0,
-    latch: object = None,
+    latch: Latch | bool | None = None,
     **options: Unpack[ServeOptions],
 ) -> Server:
     """Serve TCP connections with a callback or coroutine, as :func:`asyncio.start_server` does.
@@ -107,7 +108,7 @@ async def open_connection(
     require: Require | None = None,
     enforce: str = "auto",
     deadline: float = 1.0,
-    latch: object = None,
+    latch: Latch | bool | None = None,
     **options: Unpack[ConnectOptions],
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to a TCP server, as :func:`asyncio.open_connection` does.

@@ -12,6 +12,8 @@ from .stats import Counters, IPsecStats
 if TYPE_CHECKING:
     from socket import socket
 
+    from ipsec_aio.latch import ListenerLatch
+
 __all__ = ["Server"]
 
 
@@ -19,8 +21,14 @@ class Server(asyncio.AbstractServer):
     """A server as the loop made it; what is not named here is looked up there."""
 
     def __init__(
-        self, server: asyncio.AbstractServer, listeners: Mapping[int, Listener], counters: Counters
+        self,
+        server: asyncio.AbstractServer,
+        listeners: Mapping[int, Listener],
+        counters: Counters,
+        latch: ListenerLatch | None = None,
     ) -> None:
+        self.latch = latch
+        """What its connections' latches have in common; None where they are not latched."""
         self._server: Any = server
         self._listeners = listeners
         self._counters = counters
@@ -96,5 +104,7 @@ class Server(asyncio.AbstractServer):
                 listener.about_to_listen()
 
     def _forget(self) -> None:
+        if self.latch is not None:
+            self.latch.release()
         for listener in self._listeners.values():
             listener.close()

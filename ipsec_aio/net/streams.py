@@ -17,9 +17,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-import struct
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextvars import Context, copy_context
 from functools import partial
@@ -32,12 +30,14 @@ from ipsec_aio.errors import IPsecError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_TCP
 from ipsec_aio.flow import pack_address
 from ipsec_aio.kernel.sockopts import is_listening
+from ipsec_aio.latch import Latch, ListenerLatch
 
 from .connect import connect_protected
 from .connection import Connection, Judge
 from .context import current
 from .enforce import KERNEL, Where, check_options, enforcement_for
 from .forward import Bond, bond_of, dress, enter, undress
+from .latching import reset
 from .listening import Listener
 from .protocols import TokenProtocol, takes_token
 from .refusals import Refusals
@@ -70,7 +70,6 @@ HELD_LIMIT = 1024
 """How many connections of a server may wait to be identified; further ones are reset."""
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
-_RESET = struct.pack("ii", 1, 0)
 
 
 class ServeOptions(TypedDict, total=False):
@@ -115,7 +114,7 @@ async def create_server(
     require: Require | None = None,
     enforce: str = "auto",
     deadline: float = 1.0,
-    latch: object = None,
+    latch: Latch | bool | None = None,
     **options: Unpack[ServeOptions],
 ) -> Server:
     """Serve TCP connections on the running loop, as ``loop.create_server`` does.
@@ -130,23 +129,29 @@ async def create_server(
     possible and safe, ``"kernel"`` fails where it is not, ``"user"`` never asks for it;
     ``server.enforcement`` says which it is (docs/enforcement.md).
 
-    Raises what the loop's method raises; NotImplementedError for ``latch``; BackendError where
-    there is no backend, where it is closed, or where it cannot cover the port as it was asked to;
-    ValueError for what ``enforce`` or ``deadline`` cannot be, and under ``enforce="kernel"``, with
-    the reason, where the kernel cannot enforce the requirement, BackendDenied without
-    CAP_NET_ADMIN.
+    ``latch=True``, or a :class:`Latch`, holds each connection to the protection that it came with
+    (docs/latching.md): one that has none is refused, one whose protection gets worse or changes
+    hands is reset or paused. ``transport.get_extra_info("ipsec_latch")`` is its
+    :class:`LatchStatus`.
+
+    Raises what the loop's method raises; BackendError where there is no backend, where it is
+    closed, or where it cannot cover the port as it was asked to; TypeError for what ``latch``
+    cannot be; ValueError for what ``enforce`` or ``deadline`` cannot be, and under
+    ``enforce="kernel"``, with the reason, where the kernel cannot enforce the requirement,
+    BackendDenied without CAP_NET_ADMIN.
     """
-    _refuse_latch(latch)
+    latching = Latch.of(latch)
     check_options(require, enforce, deadline)
     loop = asyncio.get_running_loop()
     backend = await resolve_backend(backend)
     listeners: dict[int, Listener] = {}
     judge = Judge.of(loop, backend)
-    accepting = _Accepting(loop, judge, listeners, protocol_factory, require, deadline)
+    listener = None if latching is None else ListenerLatch(latching)
+    accepting = _Accepting(loop, judge, listeners, protocol_factory, require, deadline, listener)
     made = await cast("Any", loop.create_server)(
         accepting, host, port, start_serving=False, **options
     )
-    server = Server(made, listeners, accepting.counters)
+    server = Server(made, listeners, accepting.counters, listener)
     accepting.name = repr(server)
     try:
         await _cover(loop, judge, listeners, server.sockets, require, enforce)
@@ -167,7 +172,7 @@ async def create_connection(
     require: Require | None = None,
     enforce: str = "auto",
     deadline: float = 1.0,
-    latch: object = None,
+    latch: Latch | bool | None = None,
     **options: Unpack[ConnectOptions],
 ) -> tuple[asyncio.Transport, P]:
     """Connect to a TCP server on the running loop, as ``loop.create_connection`` does.
@@ -180,14 +185,15 @@ async def create_connection(
     protects both ways. With ``enforce`` "auto" or "kernel" the socket gets policies of its own
     before it is connected, so that it cannot send or receive in clear even if the others go;
     ``transport.get_extra_info("ipsec_enforced")`` says whether it did. They need a socket that
-    this call makes: not with ``sock``, ``happy_eyeballs_delay`` or ``interleave``.
+    this call makes: not with ``sock``, ``happy_eyeballs_delay`` or ``interleave``. ``latch`` is as
+    under :func:`create_server`.
 
     Raises what the loop's method raises; ProtectionError at once where no policy protects the
     connection, or nobody is there to negotiate an SA, and, after resetting it, where it does not
-    meet ``require``; NotImplementedError for ``latch``; BackendError where there is no backend, or
-    where it is closed; what :func:`create_server` raises for ``enforce`` and ``deadline``.
+    meet ``require`` or cannot be latched; BackendError where there is no backend, or where it is
+    closed; what :func:`create_server` raises for ``enforce``, ``deadline`` and ``latch``.
     """
-    _refuse_latch(latch)
+    latching = Latch.of(latch)
     check_options(require, enforce, deadline)
     loop = asyncio.get_running_loop()
     backend = await resolve_backend(backend)
@@ -196,7 +202,9 @@ async def create_connection(
     handovers: list[_Handover] = []
 
     def factory() -> _Handover:
-        handovers.append(_Handover(loop, protocol_factory(), connection, require, deadline))
+        handovers.append(
+            _Handover(loop, protocol_factory(), connection, require, deadline, latching)
+        )
         return handovers[-1]
 
     given: dict[str, Any] = {**options}
@@ -264,6 +272,7 @@ class _Handover(asyncio.Protocol):
         connection: Connection,
         require: Require | None,
         deadline: float,
+        latch: Latch | None,
         accepting: _Accepting | None = None,
     ) -> None:
         self.protocol = protocol
@@ -274,6 +283,7 @@ class _Handover(asyncio.Protocol):
         self._connection = connection
         self._require = require
         self._deadline = deadline
+        self._latch = latch
         self._accepting = accepting
         self._waiting: asyncio.Task[None] | None = None
         self._lost = False
@@ -303,9 +313,12 @@ class _Handover(asyncio.Protocol):
         return cast("PToken", token)
 
     def _awaits(self, token: PToken) -> bool:
-        """Whether the requirement may yet be met by what the token waits for."""
-        require = self._require
-        return require is not None and token.pending and require.decide(token) is None
+        """Whether what the token waits for may yet meet the requirement, or be latched."""
+        if not token.pending:
+            return False
+        if self._require is not None and (met := self._require.decide(token)) is not True:
+            return met is None
+        return self._latch is not None and token.assurance is Assurance.UNKNOWN
 
     async def _wait(self, raw: asyncio.Transport, context: Context) -> None:
         connection = self._connection
@@ -330,11 +343,14 @@ class _Handover(asyncio.Protocol):
         accepting = self._accepting
         token = self._token()
         self.error = None if self._require is None else self._require.check(token)
+        if self.error is None and self._latch is not None:
+            listener = None if accepting is None else accepting.latch
+            self.error = self._connection.latch(raw, self._latch, listener)
         if accepting is not None:
             accepting.count(token.protected, token.assurance, raw, self.error)
         self._done()
         if self.error is not None:
-            _reset(raw)
+            reset(raw)
             return
         context = copy_context()
         shared = accepting is not None and accepting.shares_context
@@ -353,6 +369,8 @@ class _Handover(asyncio.Protocol):
             call(protocol.connection_made, self.transport, token)
         else:
             call(protocol.connection_made, self.transport)
+        if self._connection.guard is not None:
+            self._connection.guard.begin()
 
     def _done(self) -> None:
         if not self.settled.done():
@@ -370,7 +388,9 @@ class _Accepting:
         factory: Callable[[], AnyProtocol],
         require: Require | None,
         deadline: float,
+        latch: ListenerLatch | None,
     ) -> None:
+        self.latch = latch
         self._loop = loop
         self._judge = judge
         self._listeners = listeners
@@ -389,7 +409,13 @@ class _Accepting:
         if not self.shares_context:
             current.set(connection)
         return _Handover(
-            self._loop, self._factory(), connection, self._require, self._deadline, self
+            self._loop,
+            self._factory(),
+            connection,
+            self._require,
+            self._deadline,
+            None if self.latch is None else self.latch.options,
+            self,
         )
 
     def __repr__(self) -> str:
@@ -454,13 +480,6 @@ async def _cover(
                 enforcement.begin(sock, Where(local, port), early=not is_listening(sock))
 
 
-def _reset(transport: asyncio.Transport) -> None:
-    sock = transport.get_extra_info("socket")
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    transport.abort()
-
-
 def _is_stamped(registration: Registration) -> bool:
     return registration.generation > 0
 
@@ -491,8 +510,3 @@ def _within(context: Context, inner: Coroutine[Any, None, T]) -> Generator[Any, 
     finally:
         # An error's traceback holds this frame: it must not hold the error.
         del step
-
-
-def _refuse_latch(latch: object) -> None:
-    if latch is not None:
-        raise NotImplementedError("latch= is not in this release")

@@ -14,7 +14,7 @@ from ipsec_aio.enforcement import Bundle
 from ipsec_aio.enums import Direction
 from ipsec_aio.evidence import Evidence
 from ipsec_aio.kernel import sockopts
-from ipsec_aio.net import enforce
+from ipsec_aio.net import enforce, latching
 from ipsec_aio.policy import Policy
 from ipsec_aio.truth import fits
 from ipsec_aio.wire import sockpolicy
@@ -45,8 +45,9 @@ class Policies:
         self._set: dict[int | None, dict[Direction, Policy]] = {}
         self.refuse: OSError | None = None
         self.calls: list[str] = []
-        monkeypatch.setattr(enforce, "encode", self._encode)
-        monkeypatch.setattr(enforce, "set_policy", self._take)
+        for module in (enforce, latching):
+            monkeypatch.setattr(module, "encode", self._encode)
+            monkeypatch.setattr(module, "set_policy", self._take)
         monkeypatch.setattr(enforce, "clear_policies", self._clear)
 
     def on(self, sock: Any, direction: Direction = Direction.IN) -> Policy | None:

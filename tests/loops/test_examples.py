@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -112,6 +114,42 @@ def test_allow_list() -> None:
             assert "127.0.0.3: refused, encrypted: this is NONE (clear)" in example.line()
 
 
+def test_latched_tcp() -> None:
+    with running("05_latched_tcp.py") as example:
+        assert example.call(ALICE) == b"hello"
+        line = example.line()
+        assert "127.0.0.2: latched to alice.example.org, held by the user, encrypted" in line
+        assert example.line() == "tcp from 127.0.0.2: gone\n"
+        with pytest.raises(ConnectionResetError):
+            example.call(MALLORY)
+
+
+async def test_latched_tcp_breaks_and_is_restored(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same protocol, beside tables that change."""
+    example = runpy.run_path(str(PROJECT / "examples/05_latched_tcp.py"))
+    backend = ipsec_aio.MemoryBackend.from_toml(PROJECT / "examples/peers.toml")
+    sa = next(sa for sa in backend.mirror.sas() if sa.reqid == 1)
+    server = await ipsec_aio.create_server(
+        example["Service"], "127.0.0.1", 0, backend=backend, latch=example["LATCH"]
+    )
+    address = server.sockets[0].getsockname()
+    reader, writer = await asyncio.open_connection(*address, local_addr=(ALICE, 0))
+    writer.write(b"one")
+    assert await reader.readexactly(3) == b"one"
+    backend.delete_sa(sa)
+    await asyncio.sleep(0)
+    writer.write(b"two")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(3), 0.05)
+    backend.rekey(sa, peer="alice.example.org")
+    assert await reader.readexactly(3) == b"two"
+    writer.close()
+    await writer.wait_closed()
+    server.close()
+    said = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert said[1:3] == ["BROKEN by LOST: nothing is read or written", "restored"]
+
+
 def test_pinned_reply() -> None:
     with running("06_pinned_reply.py") as example:
         assert example.ask(ALICE) == b"the answer to hello"
@@ -126,6 +164,7 @@ def test_examples_are_short_and_use_public_names_only() -> None:
         "02_tcp_echo.py",
         "03_refuse_clear.py",
         "04_allow_list.py",
+        "05_latched_tcp.py",
         "06_pinned_reply.py",
     ]
     for path in EXAMPLES:

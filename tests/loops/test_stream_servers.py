@@ -105,12 +105,6 @@ async def test_a_connection_that_falls_short_is_an_error_to_who_opened_it() -> N
         assert unheard.log.events == []
 
 
-async def test_latches_are_not_in_this_release() -> None:
-    for function in (ipsec_aio.create_server, ipsec_aio.create_connection):
-        with pytest.raises(NotImplementedError, match="latch"):
-            await function(Plain, HOST, 1, backend=protecting(), latch=True)
-
-
 async def test_no_backend_and_a_closed_one_are_clear_errors(monkeypatch: Any) -> None:
     monkeypatch.delenv("IPSEC_AIO_BACKEND", raising=False)
     with pytest.raises(BackendUnavailable, match="backend"):
