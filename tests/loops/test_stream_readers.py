@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import os
 import ssl
 from typing import Any
 
@@ -11,6 +14,7 @@ from stream_tools import (
     HOST,
     Log,
     Plain,
+    RecordingBackend,
     Tokened,
     client_tls,
     connected,
@@ -156,3 +160,26 @@ async def test_a_writer_that_is_being_upgraded_still_has_its_loop() -> None:
     loop = asyncio.get_running_loop()
     assert _Upgrading(loop).is_closed() is False
     assert _Upgrading(loop).start_tls is ipsec_aio.start_tls
+
+
+async def test_a_connection_that_is_lost_at_once_leaves_no_descriptor() -> None:
+    # Where policies protect a connection the socket is ours: whoever closes it, it is once.
+    backend = RecordingBackend(trust_policy=True)
+    backend.add_policy(src=HOST, dst=HOST, direction="out", template="esp")
+
+    class Quitter(Tokened):
+        def connection_made(self, transport: Any, ptoken: Any) -> None:
+            super().connection_made(transport, ptoken)
+            transport.abort()
+
+    async with serving(Plain, backend) as server:
+        known = ~Require(encrypted=True) | Require(encrypted=True)
+        for protocol, require in ((Quitter, known), (Tokened, Require(encrypted=True))):
+            before = set(os.listdir("/proc/self/fd"))
+            with contextlib.suppress(ProtectionError):
+                await ipsec_aio.create_connection(
+                    protocol, HOST, port_of(server), backend=backend, require=require
+                )
+            gc.collect()
+            spare = set(os.listdir("/proc/self/fd")) - before
+            assert len(spare) <= 1  # the server's end may still be open
