@@ -223,9 +223,14 @@ async def create_connection(
         )
     except BaseException:
         connection.close()
-        if made is not None and not handovers:
-            made.close()
+        if made is not None:
+            if any(handover.begun for handover in handovers):
+                _let_go(loop, made)
+            else:
+                made.close()
         raise
+    if made is not None:
+        _let_go(loop, made)
     handover = handovers[-1]
     try:
         await handover.settled
@@ -233,6 +238,9 @@ async def create_connection(
         raw.abort()
         raise
     if handover.error is not None:
+        if not handover.gone.done():
+            reset(raw)
+            await handover.gone
         raise handover.error
     return handover.transport or raw, cast("P", handover.protocol)
 
@@ -262,7 +270,9 @@ async def start_tls(
 class _Handover(asyncio.Protocol):
     """Takes ``connection_made`` in the place of the user's protocol, then gets out of the way.
 
-    ``settled`` is done when it did, with ``error`` where it refused.
+    ``settled`` is done when it did, with ``error`` where it refused, and ``gone`` when the
+    connection was lost. What it refuses of a server's it resets; an outgoing one is reset by who
+    made it, since uvloop does not own the socket that it was given before it has returned.
     """
 
     def __init__(
@@ -279,6 +289,7 @@ class _Handover(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.error: ProtectionError | None = None
         self.settled: asyncio.Future[None] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._connection = connection
         self._require = require
@@ -286,9 +297,10 @@ class _Handover(asyncio.Protocol):
         self._latch = latch
         self._accepting = accepting
         self._waiting: asyncio.Task[None] | None = None
-        self._lost = False
+        self.begun = self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.begun = True
         raw = cast("asyncio.Transport", transport)
         token = self._connection.made(raw)
         accepting = self._accepting
@@ -300,6 +312,8 @@ class _Handover(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
+        if not self.gone.done():
+            self.gone.set_result(None)
         if self._waiting is not None and self.transport is None:
             self._waiting.cancel()
             self._connection.close()
@@ -350,7 +364,8 @@ class _Handover(asyncio.Protocol):
             accepting.count(token.protected, token.assurance, raw, self.error)
         self._done()
         if self.error is not None:
-            reset(raw)
+            if accepting is not None:
+                reset(raw)
             return
         context = copy_context()
         shared = accepting is not None and accepting.shares_context
@@ -478,6 +493,13 @@ async def _cover(
                 local = pack_address(sock.getsockname()[0])
                 enforcements.append((sock.family, local, enforcement))
                 enforcement.begin(sock, Where(local, port), early=not is_listening(sock))
+
+
+def _let_go(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    # uvloop's transport closes the descriptor itself, and where it has done so before it holds the
+    # socket object, both would.
+    if not isinstance(loop, asyncio.BaseEventLoop):
+        sock.detach()
 
 
 def _is_stamped(registration: Registration) -> bool:
