@@ -577,10 +577,14 @@ class MemoryBackend(TableBackend):
         return ends
 
     def _tell(self, event: Event) -> None:
+        if self._held is None and not self._lost:
+            self.take((event,))
+            return
         if self._held is not None:
             self._held.append(event)
-        elif not self._lost:
-            self.take((event,))
+        # It is not told, but what comes from now on is stamped by it.
+        self.mirror.bump()
+        self.changed()
 
     def _read_again(self) -> None:
         now = self.clock()

@@ -521,3 +521,14 @@ def test_evidence_is_not_changed(backend):
     evidence = Evidence(17, pack_address(SERVER), 1, pack_address(CLIENT), 2, None, 1)
     backend.resolve(evidence)
     assert evidence.mark is None
+
+
+@pytest.mark.parametrize("mishap", ["hold_events", "lose_events"])
+def test_what_is_not_told_stamps_all_the_same(backend, mishap):
+    sa = backend.add_sa(src=CLIENT, dst=SERVER)
+    assert arrive(backend).protected
+    getattr(backend, mishap)()
+    epoch = backend.epoch
+    backend.delete_sa(sa)
+    assert backend.epoch != epoch, "answers that were kept do not hold"
+    assert not arrive(backend).protected
