@@ -26,7 +26,7 @@ from typing import NamedTuple
 import pytest
 from authority import Authority
 from charon import Charon, Settings, conf
-from hosts import PATIENCE, Host, Network, eventually
+from hosts import PATIENCE, Host, Network, eventually, protect
 
 import ipsec_aio
 from ipsec_aio import Assurance, AuthenticationMethod, IdentityKind, PToken, Require
@@ -216,6 +216,7 @@ class Inbox(ipsec_aio.DatagramProtocol):
         async with asyncio.timeout(PATIENCE):
             while (token := await self.next(who)).peer is None:
                 pass
+        assert str(token.peer) == who
         assert token.protected
         assert token.assurance is Assurance.EXACT
         return token
@@ -508,9 +509,9 @@ async def test_charon_killed_and_restarted(lab: Lab, mallory: Host):
         keyed(inbox, lab.alice, ALICE),
         keyed(inbox, lab.carol, CAROL),
     ):
-        await inbox.named(ALICE)
+        token = await inbox.named(ALICE)
         lab.bob.kill()
-        assert (await inbox.next(ALICE)).protected
+        assert await inbox.named(ALICE) is token
         lab.bob.start()
         await asyncio.to_thread(lab.bob.__enter__)
         await asyncio.to_thread(lab.bob.reload)
@@ -555,6 +556,22 @@ async def test_two_peers_behind_one_address(lab: Lab, mallory: Host):
         # While they are keyed, bob takes nothing in clear from that address.
         await end(lab.alice)
         await end(lab.carol)
+
+
+async def test_a_number_used_again_by_hand(lab: Lab, mallory: Host):
+    """charon does not see its SA go, and keeps saying that the number is alice's."""
+    bob, carol = lab.bob.host, lab.carol.host
+    async with listening(lab, mallory) as inbox, keyed(inbox, lab.alice, ALICE):
+        sa = (await inbox.named(ALICE)).sa
+        bob.ip(f"xfrm state delete src {lab.alice.host.v4} dst {bob.v4} proto esp spi {sa.spi:#x}")
+        pair = protect(carol, bob, reqid=sa.reqid, spis=(sa.spi, 0x1000), policies=False)
+        pair.demand(carol)
+        async with asyncio.timeout(PATIENCE), stream(carol, CAROL, bob.v4):
+            while not (await inbox.next(CAROL)).protected:
+                pass
+            await asyncio.to_thread(lab.bob.reload)
+            for _ in range(20):
+                assert (await inbox.next(CAROL)).peer is None
 
 
 async def test_an_interface_of_their_own(lab: Lab, mallory: Host):
