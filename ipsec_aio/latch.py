@@ -12,6 +12,8 @@ Rules:
 * An SA is the latched peer's by identity where one is latched, else by reqid and addresses. One
   whose identity is still awaited breaks nothing, but meanwhile nothing may be read
   (``waiting``). One whose identity stays unknown is not the peer's.
+* A peer who is known by identity may move: when none of the channel's SAs is left and he has others
+  that are as good, those are the channel.
 * While tables are being read again nothing is known, and latches stay as they are.
 * Time is an argument: monotonic seconds.
 """
@@ -91,7 +93,9 @@ class LatchReason(StrEnum):
     LOST = "lost"
     """No SA of the channel is left: deleted, expired, or the peer was found dead."""
     EVIDENCE = "evidence"
-    """What kept clear segments off the connection is gone, or the backend is closed: final."""
+    """Interfaces (xfrm, vti) may lead packets past policies. Or what kept clear segments off the
+    connection is gone, or the backend is closed: that is final.
+    """
     TIMEOUT = "timeout"
     """It stayed broken for longer than ``Latch.timeout``."""
 
@@ -269,8 +273,8 @@ class Outlook:
     ``policies_out`` are those policies of which any may be the kernel's first choice for it;
     ``blocked_in`` and ``blocked_out``: there is none, and the default action is to block.
     ``sure`` is False while the tables are being read again, ``opaque`` True where interfaces
-    (xfrm, vti) may lead packets past a socket's policy. ``settled_in`` is how many seconds it
-    takes at most until no identity is awaited any more.
+    (xfrm, vti) may lead packets past these policies, and past a socket's own. ``settled_in`` is how
+    many seconds it takes at most until no identity is awaited any more.
     """
 
     inbound: tuple[Sighting, ...] = ()
@@ -400,7 +404,8 @@ class ConnectionLatch(_Machine):
 
     ``sas`` are the inbound SAs that its token rests on. ``kernel``: a policy of the socket lets
     in and out nothing but :attr:`channels`, so that other SAs cannot carry it; settable.
-    ``waiting``: an identity is awaited; read nothing meanwhile.
+    ``waiting``: an identity is awaited; read nothing meanwhile. The channels are others when
+    their peer has moved.
     """
 
     __slots__ = (
@@ -480,6 +485,7 @@ class ConnectionLatch(_Machine):
         """Take in how things are now; True where the state changed."""
         if self.state is LatchState.CLOSED or not outlook.sure:
             return False
+        self._follow(outlook)
         self.reason, self.waiting = self._judge(outlook)
         moved = self._move(LatchEvent.CONFLICT if self.reason else LatchEvent.CONFORM)
         if moved:
@@ -518,6 +524,24 @@ class ConnectionLatch(_Machine):
         self._broken_since = None
         return True
 
+    def _follow(self, outlook: Outlook) -> None:
+        """Go with the peer who has moved: the same identity, under another reqid or address."""
+        if self._peer is None or any(
+            channel.carries(s.sa, inbound=True)
+            for s in outlook.inbound
+            for channel in self.channels
+        ):
+            return
+        found = {
+            Channel.of(s.sa)
+            for s in outlook.inbound
+            if self._peer == s.peer
+            and self._is_peers(s, True)
+            and any(Grade.of(s.sa).serves(wanted) for wanted in self._floor)
+        }
+        if len(found) == len(self.channels) == 1:
+            self.channels = tuple(found)
+
     def _judge(self, outlook: Outlook) -> tuple[LatchReason | None, bool]:
         """Return what conflicts, and whether an identity is awaited."""
         found: set[LatchReason] = set()
@@ -551,6 +575,8 @@ class ConnectionLatch(_Machine):
                 found.add(LatchReason.POLICY)
         if self._peer is None and len({s.peer for s in seen if s.peer is not None}) > 1:
             found.add(LatchReason.PEER)
+        if outlook.opaque:
+            found.add(LatchReason.EVIDENCE)
         if not carrying.issuperset(channel.proto for channel in self.channels):
             found.add(LatchReason.LOST)
         reason = next((r for r in LatchReason if r in found), None)

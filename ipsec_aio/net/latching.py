@@ -110,7 +110,6 @@ class Guard:
         "eof",
         "held",
         "latch",
-        "opaque",
         "raw",
     )
 
@@ -136,7 +135,6 @@ class Guard:
         self.eof = False
         self.held = False
         self.latch = latch
-        self.opaque = outlook.opaque
         self.raw: asyncio.Transport | None = None
         latch.kernel = self._hold_in_kernel()
         self._settle_later(outlook)
@@ -149,7 +147,7 @@ class Guard:
     @property
     def keeps_clear_off(self) -> bool:
         """Whether the kernel drops clear segments of this connection because of its latch."""
-        return self.latch.kernel and not self.opaque
+        return self.latch.kernel
 
     # Following the latch
 
@@ -187,8 +185,11 @@ class Guard:
         except BackendError:
             self.void()
             return
-        self.opaque = outlook.opaque
-        if latch.observe(outlook, self._judge.time()):
+        channels = latch.channels
+        moved = latch.observe(outlook, self._judge.time())
+        if latch.channels != channels and latch.state is LatchState.ESTABLISHED:
+            self._arm_kernel()
+        if moved:
             self._moved(raw)
         elif latch.state is LatchState.ESTABLISHED:
             if latch.waiting:
@@ -341,12 +342,7 @@ class Guard:
         """Have the kernel hold the latch; False where it cannot."""
         channels, sock = self.latch.channels, self._sock
         # A backend of another namespace than the socket's has given no token to latch.
-        if (
-            self._judge.backend.netns_cookie is None
-            or sock is None
-            or self.opaque
-            or len(channels) != 1
-        ):
+        if self._judge.backend.netns_cookie is None or sock is None or len(channels) != 1:
             return False
         channel = channels[0]
         # Without a reqid a template names no channel; marks and interface ids it cannot name.

@@ -982,8 +982,24 @@ async def test_the_kernels_latch_stands_in_for_the_stamp(policies: Policies) -> 
         assert status(protocol).state is ESTABLISHED
         backend.set_opaque_interfaces(True)
         [(reason, *_)] = await protocol.log.until("broken")
-        assert reason is LatchReason.EVIDENCE, "what comes by an interface passes its policy"
-        await protocol.log.until("lost")
+        assert reason is LatchReason.EVIDENCE, "what comes by an interface passes its policy by"
+        backend.set_opaque_interfaces(False)
+        await protocol.log.until("restored")
+
+
+async def test_the_kernels_latch_goes_with_a_peer_who_moves(policies: Policies) -> None:
+    backend = kernel_backend(peer="ann.example.org")
+    async with latched(backend) as (protocol, _, sa):
+        backend.add_policy(src=PEER, dst=HOST, reqid=0)
+        backend.add_policy(src=HOST, dst=PEER, reqid=2, direction="out")
+        [(reason, *_)] = await protocol.log.until("broken")
+        assert reason is LatchReason.POLICY
+        backend.rekey(sa, reqid=2, peer="ann.example.org")
+        backend.delete_sa(sa)
+        await protocol.log.until("restored")
+        [template] = policies.templates(protocol.transport)
+        assert template.reqid == 2
+        assert status(protocol).state is ESTABLISHED
 
 
 @pytest.mark.parametrize("why", ["no reqid", "interface id", "mark", "namespace", "refused"])

@@ -87,6 +87,9 @@ def reason(made: ConnectionLatch, *sas: SA, **outlook) -> LatchReason | None:
     return made.reason
 
 
+TUNNELLED = (demand(mode=Mode.TUNNEL, reqid=0),)
+
+
 # -- the table -------------------------------------------------------------------------------
 
 
@@ -291,6 +294,14 @@ def test_what_is_sent_may_not_be_weaker_either() -> None:
     assert reason(made, old, outbound=foreign, policies_out=(unsure,)) is LatchReason.PEER
 
 
+def test_interfaces_that_hide_things_break_it() -> None:
+    old = sa()
+    assert latch(old, opaque=True).reason is LatchReason.EVIDENCE
+    made = latch(old, kernel=True)
+    assert reason(made, old, opaque=True) is LatchReason.EVIDENCE
+    assert reason(made, old) is None
+
+
 def test_loss_and_restore() -> None:
     old = sa()
     made = latch(old, options=Latch(on_break="pause"))
@@ -448,6 +459,35 @@ def test_an_identity_is_latched_once_and_then_demanded() -> None:
     assert reason(made, inbound=see(old, peer=ANN, local=ANN)) is LatchReason.PEER
     assert reason(made, inbound=see(new, peer=EVE)) is LatchReason.PEER
     assert reason(made, inbound=see(sa(reqid=2), peer=ANN)) is None, "it is she, under another id"
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_known_peer_may_move(kernel) -> None:
+    old = sa(mode=Mode.TUNNEL)
+    made = latch(old, kernel=kernel, inbound=see(old, peer=ANN), policies_in=TUNNELLED)
+    new = sa(mode=Mode.TUNNEL, source=GATE, reqid=2)
+    both = (*see(old, peer=ANN), *see(new, peer=ANN))
+    assert reason(made, inbound=both, policies_in=TUNNELLED) is None
+    assert made.channels == (Channel.of(old),)
+    assert reason(made, inbound=see(new, peer=EVE), policies_in=TUNNELLED)
+    fresh = sa(mode=Mode.TUNNEL, source=GATE, reqid=2)
+    awaited = reason(made, inbound=see(fresh, pending=True), policies_in=TUNNELLED)
+    assert awaited is (LatchReason.LOST if kernel else None)
+    assert made.waiting is not kernel
+    weak = replace(new, aead=GCM_SHORT)
+    assert reason(made, inbound=see(weak, peer=ANN), policies_in=TUNNELLED)
+    assert made.channels == (Channel.of(old),)
+    assert reason(made, inbound=see(new, peer=ANN), policies_in=TUNNELLED) is None
+    assert made.channels == (Channel.of(new),)
+    third = sa(mode=Mode.TUNNEL, source=GATE, reqid=3)
+    fourth = sa(mode=Mode.TUNNEL, source=GATE, reqid=4)
+    reason(made, inbound=see(third, fourth, peer=ANN), policies_in=TUNNELLED)
+    assert made.channels == (Channel.of(new),), "which of them is not known"
+
+
+def test_an_unknown_peer_may_not_move() -> None:
+    made = latch(sa(mode=Mode.TUNNEL), kernel=True)
+    assert reason(made, sa(mode=Mode.TUNNEL, source=GATE)) is LatchReason.LOST
 
 
 def test_a_key_that_is_used_again_is_another_sa() -> None:

@@ -1,0 +1,343 @@
+"""Latched connections on real IPsec: what the kernel stops, and what the program is told, when."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from statistics import median
+from typing import Any
+
+import pytest
+from hosts import GCM, PATIENCE, Host, Pair, Suite, eventually, protect
+
+import ipsec_aio
+from ipsec_aio import Assurance, Latch, LatchReason, LatchState, Require
+
+PORT = 5000
+REQID, FOREIGN = 71, 72
+PAUSE = Latch(on_break="pause")
+SHORT = Suite("gcm-64", "esp", GCM.words.replace(" 128", " 64"), private=True, intact=True)
+BOUND = 0.1
+"""Seconds from the kernel's event to the callback."""
+REKEYS, SPIS = 300, 0x10000
+"""As many as take half a minute on an emulated processor; tests/loops has a thousand."""
+
+SCENARIOS = [
+    ("transport", 4, "0.0.0.0"),
+    ("transport", 6, "::"),
+    ("transport", 4, "::"),
+    ("tunnel", 4, "0.0.0.0"),
+    ("tunnel", 6, "::"),
+]
+"""Mode, family on the wire, what the server binds (IPv4 at "::" is v4-mapped)."""
+
+scenarios = pytest.mark.parametrize(
+    ("mode", "family", "bound"),
+    SCENARIOS,
+    ids=[f"{m}-{'mapped' if (f, b) == (4, '::') else f'v{f}'}" for m, f, b in SCENARIOS],
+)
+
+
+class Echo(ipsec_aio.Protocol):
+    def __init__(self) -> None:
+        self.said: asyncio.Queue[tuple[float, str, Any]] = asyncio.Queue()
+        self.received = b""
+
+    def note(self, what: str, detail: Any = None) -> None:
+        self.said.put_nowait((time.monotonic(), what, detail))
+
+    def connection_made(self, transport, ptoken):
+        self.transport = transport
+        self.note("made", ptoken)
+
+    def data_received(self, data):
+        self.received += data
+        self.transport.write(data)
+
+    def latch_broken(self, reason):
+        self.note("broken", reason)
+
+    def latch_restored(self):
+        self.note("restored")
+
+    def connection_lost(self, exc):
+        self.note("lost", exc)
+
+    async def next(self, what: str) -> tuple[float, Any]:
+        async with asyncio.timeout(PATIENCE):
+            when, found, detail = await self.said.get()
+        assert found == what
+        return when, detail
+
+    @property
+    def status(self) -> Any:
+        return self.transport.get_extra_info("ipsec_latch")
+
+
+def listening(bound: str) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in bound else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if ":" in bound:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind((bound, PORT))
+    return sock
+
+
+@asynccontextmanager
+async def latched(
+    pair: Pair,
+    bound: str = "0.0.0.0",
+    latch: Latch | None = PAUSE,
+    stamp: str = "install",
+    **options: Any,
+) -> AsyncIterator[tuple[Echo, socket.socket, ipsec_aio.PToken]]:
+    """A latched connection from alice: the server's end, hers, and its token."""
+    loop = asyncio.get_running_loop()
+    alice, bob, inner = pair.one, pair.two, pair.mode == "tunnel"
+    made: list[Echo] = []
+
+    def factory() -> Echo:
+        made.append(Echo())
+        return made[-1]
+
+    async with (
+        ipsec_aio.open_backend("xfrm", stamp=stamp) as backend,
+        await ipsec_aio.create_server(
+            factory, sock=listening(bound), backend=backend, latch=latch, **options
+        ),
+    ):
+        with alice.tcp(family=pair.family, inner=inner) as client:
+            async with asyncio.timeout(PATIENCE):
+                await loop.sock_connect(client, (bob.address(pair.family, inner=inner), PORT))
+                await eventually(lambda: len(made) == 1)
+            echo = made[0]
+            _, token = await echo.next("made")
+            await ask(client, b"hello")
+            try:
+                yield echo, client, token
+            finally:
+                echo.transport.abort()
+                await eventually(echo.transport.is_closing)
+
+
+async def ask(client: socket.socket, data: bytes) -> None:
+    """Have some bytes echoed."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(PATIENCE):
+        await loop.sock_sendall(client, data)
+        answer = b""
+        while len(answer) < len(data):
+            answer += await loop.sock_recv(client, 100)
+    assert answer == data
+
+
+async def answer(client: socket.socket) -> bytes:
+    async with asyncio.timeout(PATIENCE):
+        return await asyncio.get_running_loop().sock_recv(client, 100)
+
+
+async def elsewhere(host: Host, *lines: str) -> None:
+    """Have ``ip`` carry out lines while the loop runs on."""
+    await asyncio.get_running_loop().run_in_executor(None, host.ip, *lines)
+
+
+def keyed(alice: Host, bob: Host, mode: str = "transport", family: int = 4) -> Pair:
+    """Alice and bob, whose own inbound policy names no reqid: that is left to the latch."""
+    pair = protect(alice, bob, mode=mode, family=family, reqid=REQID, policies=False)
+    pair.demand(alice)
+    inward, outward = pair.policies("add", bob)
+    bob.ip(inward.replace(f"reqid {REQID}", "reqid 0"), outward)
+    return pair
+
+
+@contextmanager
+def kernel_events() -> Iterator[list[tuple[float, int]]]:
+    """Note when the kernel told of an SA, and what kind of message it was, by a thread."""
+    events: list[tuple[float, int]] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6) as monitor:
+        monitor.bind((0, 1 << 2))  # XFRMNLGRP_SA
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.is_set():
+                try:
+                    message = monitor.recv(65536)
+                except TimeoutError:
+                    continue
+                events.append((time.monotonic(), struct.unpack_from("=IH", message)[1]))
+
+        monitor.settimeout(0.5)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield events
+        finally:
+            stop.set()
+            thread.join()
+
+
+@scenarios
+async def test_what_comes_by_a_foreign_reqid_stops_at_the_kernel(
+    bob: Host, alice: Host, mode: str, family: int, bound: str
+) -> None:
+    pair = keyed(alice, bob, mode, family)
+    async with latched(pair, bound) as (echo, client, token):
+        assert token.assurance is Assurance.EXACT
+        status = echo.status
+        assert (status.state, status.held_by) == (LatchState.ESTABLISHED, "kernel")
+        # What alice sends by her new SA comes in by one of another reqid here.
+        pair.rekey()
+        old, (to_bob, _) = pair.spis
+        spare = Pair(alice, bob, GCM, mode, family, FOREIGN, spis=[pair.spis[-1]])
+        bob.ip(pair.states("delete")[0], spare.states("add")[0])
+        before = bob.statistics().get("XfrmInTmplMismatch", 0)
+        await asyncio.get_running_loop().sock_sendall(client, b"foreign")
+        await eventually(lambda: bob.statistics().get("XfrmInTmplMismatch", 0) > before)
+        assert spare.packets(bob, to_bob) > 0, "it was decrypted, and then dropped"
+        assert echo.received == b"hello"
+        assert echo.status.state is LatchState.ESTABLISHED
+        assert echo.said.empty()
+        # By her first SA again, the same bytes get through.
+        for host in (alice, bob):
+            host.ip(*spare.states("delete"))
+        pair.spis[:] = [old]
+        assert await answer(client) == b"foreign"
+        assert echo.transport.get_extra_info("ptoken") is token
+
+
+async def test_without_a_latch_the_same_bytes_get_through(bob: Host, alice: Host) -> None:
+    pair = keyed(alice, bob)
+    async with latched(pair, latch=None) as (echo, client, _):
+        assert echo.status is None
+        pair.rekey()
+        spare = Pair(alice, bob, GCM, "transport", 4, FOREIGN, spis=[pair.spis[-1]])
+        bob.ip(pair.states("delete")[0], spare.states("add")[0])
+        await ask(client, b"foreign")
+        assert echo.received == b"helloforeign"
+
+
+async def test_the_latch_keeps_clear_segments_off_without_the_stamp(bob: Host, alice: Host) -> None:
+    pair = protect(alice, bob, reqid=REQID, policies=False)
+    pair.demand(alice)
+    bob.ip(pair.policies("add", bob)[1])
+    command = [sys.executable, "-m", "ipsec_aio", "stamp"]
+    bob.show(*command, "install", "--port", f"tcp/{PORT}")
+    async with latched(pair, stamp="require") as (echo, client, token):
+        assert echo.status.held_by == "kernel"
+        bob.show("nft", "delete", "table", "inet", "ipsec_aio")
+        pair.release(alice)
+        before = bob.statistics().get("XfrmInTmplMismatch", 0)
+        await asyncio.get_running_loop().sock_sendall(client, b"in clear")
+        await eventually(lambda: bob.statistics().get("XfrmInTmplMismatch", 0) > before)
+        assert echo.received == b"hello"
+        assert echo.transport.get_extra_info("ptoken") is token
+        assert token.protected
+        assert echo.said.empty()
+        pair.demand(alice)
+        assert await answer(client) == b"in clear"
+
+
+async def test_breaks_and_restores_are_told_at_once(bob: Host, alice: Host) -> None:
+    pair = protect(alice, bob, reqid=REQID)
+    delays: dict[str, list[float]] = {"broken": [], "restored": []}
+    async with latched(pair) as (echo, client, _):
+        with kernel_events() as events:
+            for _ in range(10):
+                into_bob, _ = pair.states("add")
+                for what, line in (
+                    ("broken", pair.states("delete")[0]),
+                    ("restored", into_bob),
+                ):
+                    del events[:]
+                    await elsewhere(bob, line)
+                    told, detail = await echo.next(what)
+                    assert detail in (None, LatchReason.LOST)
+                    await eventually(lambda: len(events) > 0)
+                    delays[what].append(told - events[0][0])
+        for what, found in delays.items():
+            print(
+                f"LATCH {what}: median {median(found) * 1000:.1f} ms, "
+                f"largest {max(found) * 1000:.1f} ms of {len(found)}"
+            )
+        await ask(client, b"after all")
+        assert echo.status.breaks == 10
+    assert max(max(found) for found in delays.values()) <= BOUND
+
+
+async def test_a_weaker_rekey_breaks_and_nothing_passes(bob: Host, alice: Host) -> None:
+    pair = protect(alice, bob, reqid=REQID)
+    async with latched(pair) as (echo, client, token):
+        old = pair.spis[0]
+        pair.rekey(suite=SHORT)
+        _, reason = await echo.next("broken")
+        assert reason is LatchReason.QUALITY
+        weak = pair.packets(bob)
+        await asyncio.get_running_loop().sock_sendall(client, b"weakly")
+        echo.transport.write(b"secret")
+        await eventually(lambda: pair.packets(bob) > weak)
+        await eventually(lambda: bob.statistics().get("XfrmInPolBlock", 0) > 0)
+        assert echo.received == b"hello"
+        sent = Pair(bob, alice, SHORT, spis=[pair.spis[-1][::-1]])
+        assert sent.packets(alice, pair.spis[-1][1]) == 0, "nothing left by the weak SA"
+        # The good one is used again.
+        for host in (alice, bob):
+            host.ip(*pair.states("delete"))
+        pair.suite, pair.spis[:] = GCM, [old]
+        await echo.next("restored")
+        async with asyncio.timeout(PATIENCE):
+            got = b""
+            while len(got) < 12:
+                got += await asyncio.get_running_loop().sock_recv(client, 100)
+        assert sorted(got) == sorted(b"secretweakly")
+        assert echo.transport.get_extra_info("ptoken") is token
+
+
+async def test_a_break_resets_where_nothing_else_was_asked(bob: Host, alice: Host) -> None:
+    pair = protect(alice, bob, reqid=REQID)
+    async with latched(pair, latch=Latch()) as (echo, client, _):
+        pair.rekey(suite=SHORT)
+        _, reason = await echo.next("broken")
+        assert reason is LatchReason.QUALITY
+        await echo.next("lost")
+        with pytest.raises(ConnectionResetError):
+            await answer(client)
+
+
+async def test_policies_that_go_break_it(bob: Host, alice: Host) -> None:
+    pair = protect(alice, bob, reqid=REQID)
+    async with latched(pair) as (echo, client, _):
+        bob.flush_policies()
+        _, reason = await echo.next("broken")
+        assert reason is LatchReason.POLICY
+        pair.demand(bob)
+        await echo.next("restored")
+        await ask(client, b"again")
+
+
+async def test_equivalent_rekeys_keep_it(bob: Host, alice: Host) -> None:
+    pair = protect(alice, bob, reqid=REQID)
+    begin = time.monotonic()
+    async with latched(pair, require=Require(encrypted=True)) as (echo, client, token):
+        for number in range(REKEYS):
+            old = pair.states("delete")
+            pair.spis[:] = [(SPIS + 2 * number, SPIS + 2 * number + 1)]
+            new = pair.states("add")
+            # Each receives by the new SA before the other sends by it: neither sends now.
+            for host in (bob, alice):
+                host.ip(*new, *old)
+            if number % 20 == 0:
+                await ask(client, b"%d" % number)
+            else:
+                await asyncio.sleep(0)
+        await ask(client, b"done")
+        assert echo.said.empty()
+        assert echo.status.breaks == 0
+        assert echo.transport.get_extra_info("ptoken") is token
+        assert token.sas[-1].spi == pair.spi(bob)
+    print(f"LATCH {REKEYS} rekeys in {time.monotonic() - begin:.0f} s")
