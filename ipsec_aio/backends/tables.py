@@ -118,8 +118,8 @@ class TableBackend(Backend):
     def changed(self) -> None:
         """Let everybody know who must, after the mirror or the resolver was changed."""
         if self.mirror.epoch != self._seen:
-            self._seen = self.mirror.epoch
             self.resolver.settle_all()
+            self._seen = self.mirror.epoch
             for subscriber in list(self._subscribers):
                 self._call(subscriber)
         self._arm()
@@ -196,6 +196,8 @@ class TableBackend(Backend):
         token = self.resolver.resolve(evidence)
         if self.mirror.epoch != self._seen:
             self.changed()
+        elif self.resolver.is_pending(token):
+            self._arm()
         return token
 
     @property
@@ -308,6 +310,9 @@ class TableBackend(Backend):
                     del self._waiters[token]
 
     def _settled(self, token: PToken) -> None:
+        # Also where its time was up: who kept that it waits must ask again.
+        with self.resolver.lock:
+            self.mirror.bump()
         for future in list(self._waiters.get(token, ())):
             _call_on(future.get_loop(), _finish, future)
 

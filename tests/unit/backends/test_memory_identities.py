@@ -197,3 +197,21 @@ async def test_a_pending_one_goes_without_when_the_backend_closes(backend):
     token = arrive(backend)
     await backend.aclose()
     assert (token.pending, token.peer, token.protected) == (False, None, True)
+
+
+async def test_subscribers_are_told_that_waiting_ended_by_itself(monkeypatch):
+    monkeypatch.setattr("ipsec_aio.backends.memory.PENDING_SECONDS", 0.05)
+    backend = MemoryBackend()
+    told = asyncio.Event()
+    backend.subscribe(told.set)
+    sa_of(backend, identity_pending=True)
+    token = arrive(backend)
+    assert token.pending
+    await asyncio.sleep(0)
+    told.clear()
+    epoch = backend.epoch
+    async with asyncio.timeout(5):
+        await told.wait()
+    assert backend.epoch != epoch
+    assert not token.pending
+    await backend.aclose()
