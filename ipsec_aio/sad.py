@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from math import inf
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from .enums import Direction, Mode
 from .flow import Mark
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["SAD", "Index", "Record"]
 
 _K = TypeVar("_K")
-_NONE: dict[int, Record] = {}
 _TUNNELS = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
 
 
@@ -41,6 +40,10 @@ class Record:
         self.identities: Identities | None = None
 
 
+# Mostly there is one: a table of its own for each would be most of the memory.
+_Group: TypeAlias = "Record | dict[Record, None]"
+
+
 class Index:
     """Records by SPI, by outer addresses, by the source that their selectors admit, and those of
     tunnels; in the order of their arrival.
@@ -49,38 +52,36 @@ class Index:
     __slots__ = ("_by_pair", "_by_source", "_by_spi", "_tunnels")
 
     def __init__(self) -> None:
-        self._by_spi: dict[int, dict[int, Record]] = {}
-        self._by_pair: dict[tuple[bytes, bytes], dict[int, Record]] = {}
-        self._by_source: dict[bytes, dict[int, Record]] = {}
-        self._tunnels: dict[bytes, dict[int, Record]] = {}
+        self._by_spi: dict[int, _Group] = {}
+        self._by_pair: dict[tuple[bytes, bytes], _Group] = {}
+        self._by_source: dict[bytes, _Group] = {}
+        self._tunnels: dict[bytes, _Group] = {}
 
     def add(self, record: Record) -> None:
         """Put a record in."""
-        sa, number = record.sa, id(record)
-        self._by_spi.setdefault(sa.spi, {})[number] = record
-        self._by_pair.setdefault((sa.source, sa.destination), {})[number] = record
-        self._by_source.setdefault(_only_source(sa), {})[number] = record
+        sa = record.sa
+        _put(self._by_spi, sa.spi, record)
+        _put(self._by_pair, (sa.source, sa.destination), record)
+        _put(self._by_source, _only_source(sa), record)
         if sa.mode in _TUNNELS:
-            self._tunnels.setdefault(sa.source, {})[number] = record
+            _put(self._tunnels, sa.source, record)
 
     def remove(self, record: Record) -> None:
         """Take a record out."""
-        sa, number = record.sa, id(record)
-        _discard(self._by_spi, sa.spi, number)
-        _discard(self._by_pair, (sa.source, sa.destination), number)
-        _discard(self._by_source, _only_source(sa), number)
+        sa = record.sa
+        _discard(self._by_spi, sa.spi, record)
+        _discard(self._by_pair, (sa.source, sa.destination), record)
+        _discard(self._by_source, _only_source(sa), record)
         if sa.mode in _TUNNELS:
-            _discard(self._tunnels, sa.source, number)
+            _discard(self._tunnels, sa.source, record)
 
     def numbered(self, spi: int) -> Iterable[Record]:
         """Return the SAs with this SPI, whatever their protocol."""
-        group = self._by_spi.get(spi)
-        return () if group is None else group.values()
+        return _members(self._by_spi.get(spi))
 
     def between(self, source: bytes, destination: bytes) -> Iterable[Record]:
         """Return the SAs with these outer addresses."""
-        group = self._by_pair.get((source, destination))
-        return () if group is None else group.values()
+        return _members(self._by_pair.get((source, destination)))
 
     def transports(self, peer: bytes, local: bytes) -> Iterable[Record]:
         """Return the SAs whose outer addresses fit this traffic without a tunnel."""
@@ -92,16 +93,13 @@ class Index:
 
     def admitting(self, source: bytes) -> Iterable[Record]:
         """Return the SAs whose selectors may admit traffic from this address, whoever sent it."""
-        return chain(
-            self._by_source.get(source, _NONE).values(), self._by_source.get(b"", _NONE).values()
-        )
+        return chain(_members(self._by_source.get(source)), _members(self._by_source.get(b"")))
 
     def tunnels(self, source: bytes | None = None) -> Iterable[Record]:
         """Return the SAs in a tunnel mode: all, or those with this outer source address."""
         if source is None:
-            return chain.from_iterable(group.values() for group in self._tunnels.values())
-        group = self._tunnels.get(source)
-        return () if group is None else group.values()
+            return chain.from_iterable(map(_members, self._tunnels.values()))
+        return _members(self._tunnels.get(source))
 
 
 def _only_source(sa: SA) -> bytes:
@@ -110,11 +108,28 @@ def _only_source(sa: SA) -> bytes:
     return selector.source if selector.source_prefix == 8 * len(selector.source) else b""
 
 
-def _discard(index: dict[_K, dict[int, Record]], at: _K, number: int) -> None:
+def _members(group: _Group | None) -> Iterable[Record]:
+    if group is None:
+        return ()
+    return (group,) if isinstance(group, Record) else group
+
+
+def _put(index: dict[_K, _Group], at: _K, record: Record) -> None:
+    group = index.setdefault(at, record)
+    if isinstance(group, dict):
+        group[record] = None
+    elif group is not record:
+        index[at] = {group: None, record: None}
+
+
+def _discard(index: dict[_K, _Group], at: _K, record: Record) -> None:
     group = index[at]
-    del group[number]
-    if not group:
+    if isinstance(group, Record):
         del index[at]
+        return
+    del group[record]
+    if len(group) == 1:
+        (index[at],) = group
 
 
 def _tally(counts: dict[_K, int], what: _K, step: int) -> None:

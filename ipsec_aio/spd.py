@@ -49,17 +49,22 @@ class _Entry:
 class _Table:
     """The policies of one direction, type and interface id.
 
-    Keys are the masked addresses as integers; a list holds what shares them, in order.
+    Keys are the two masked addresses as one integer; a list holds what shares them, in order.
     """
 
     __slots__ = ("shapes",)
 
     def __init__(self) -> None:
-        self.shapes: dict[_Shape, dict[tuple[int, int], list[_Entry]]] = {}
+        self.shapes: dict[_Shape, dict[int, list[_Entry]]] = {}
 
     def add(self, entry: _Entry) -> None:
         for shape, key in _places(entry.policy):
-            insort(self.shapes.setdefault(shape, {}).setdefault(key, []), entry)
+            buckets = self.shapes.setdefault(shape, {})
+            bucket = buckets.get(key)
+            if bucket is None:
+                buckets[key] = [entry]
+            else:
+                insort(bucket, entry)
 
     def remove(self, entry: _Entry) -> None:
         for shape, key in _places(entry.policy):
@@ -77,15 +82,15 @@ class _Table:
         destination = int.from_bytes(flow.destination)
         for (shape_size, s, d), buckets in self.shapes.items():
             if shape_size == size:
-                bucket = buckets.get((source >> (bits - s), destination >> (bits - d)))
+                bucket = buckets.get(source >> (bits - s) << bits | destination >> (bits - d))
                 if bucket is not None:
                     yield bucket
 
 
-def _places(policy: Policy) -> list[tuple[_Shape, tuple[int, int]]]:
+def _places(policy: Policy) -> list[tuple[_Shape, int]]:
     selector = policy.selector
     s, d = selector.source_prefix, selector.destination_prefix
-    places: list[tuple[_Shape, tuple[int, int]]] = []
+    places: list[tuple[_Shape, int]] = []
     for family, size in ((2, 4), (10, 16)):
         if selector.family not in (0, family):
             continue
@@ -94,7 +99,7 @@ def _places(policy: Policy) -> list[tuple[_Shape, tuple[int, int]]]:
         bits = size * 8
         source = int.from_bytes(selector.source) >> (bits - s) if s else 0
         destination = int.from_bytes(selector.destination) >> (bits - d) if d else 0
-        places.append(((size, s, d), (source, destination)))
+        places.append(((size, s, d), source << bits | destination))
     return places
 
 
@@ -244,7 +249,11 @@ class SPD:
         return best
 
     def _table(self, policy: Policy) -> _Table:
-        return self._tables.setdefault((policy.direction, policy.kind, policy.if_id), _Table())
+        place = policy.direction, policy.kind, policy.if_id
+        table = self._tables.get(place)
+        if table is None:
+            table = self._tables[place] = _Table()
+        return table
 
     def _count(self, policy: Policy, step: int) -> None:
         if policy.direction is Direction.IN:

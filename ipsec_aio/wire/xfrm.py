@@ -444,10 +444,13 @@ def _templates(buffer: Buffer, places: _Places) -> tuple[Template, ...]:
     start, end = places[_TMPL]
     if (end - start) % _TEMPLATE.size:
         raise CodecError(f"XFRMA_TMPL of {end - start} bytes")
-    return tuple(_template(buffer, place) for place in range(start, end, _TEMPLATE.size))
+    size = _TEMPLATE.size
+    return tuple(_template(bytes(buffer[at : at + size])) for at in range(start, end, size))
 
 
-def _template(buffer: Buffer, start: int) -> Template:
+# Policies of a kind have the same few.
+@lru_cache(maxsize=4096)
+def _template(data: bytes) -> Template:
     (
         destination,
         spi,
@@ -461,7 +464,7 @@ def _template(buffer: Buffer, start: int) -> Template:
         auth_algorithms,
         encryption_algorithms,
         compression_algorithms,
-    ) = _TEMPLATE.unpack_from(buffer, start)
+    ) = _TEMPLATE.unpack(data)
     if mode not in _MODES:
         raise CodecError("template of unknown mode")
     return Template(
