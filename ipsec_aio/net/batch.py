@@ -23,9 +23,8 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import add
 from typing import Any
 
 from ipsec_aio.wire.cmsg import ControlMessage, split
@@ -64,7 +63,7 @@ class Odd:
 
 _NOTHING: Mapping[int, Odd] = {}
 
-Taken = tuple[list[bytes], tuple[bytes, ...], Mapping[int, Odd]]
+Taken = tuple[Sequence[bytes], tuple[bytes, ...], Mapping[int, Odd]]
 """Payloads, what came beside each, and by their index those to which that does not apply."""
 
 
@@ -113,6 +112,9 @@ class Batch:
         self._fresh = region[headers:end]
         self._reset = slice(headers, end)
         self._told = [struct.Struct("=" + _TOLD * count) for count in range(SLOTS + 1)]
+        # The size that the last batch began with, and the last one that was cut in one go.
+        self._size = -1
+        self._cuts = -1, struct.Struct("")
         self._beside: dict[tuple[int, int], struct.Struct] = {}
 
     def receive(self, fd: int, expected: int) -> Taken:
@@ -132,14 +134,30 @@ class Batch:
         beside = self._beside.get((count, expected))
         if beside is None:
             beside = self._struct(count, expected)
+        starts = self._starts
         told = self._told[count].unpack_from(region, self._headers)
         evidence = beside.unpack_from(region, self._slots)
-        starts = self._starts
-        payloads = list(map(region.__getitem__, map(slice, starts, map(add, starts, told[2::3]))))
+        sizes = told[2::3]
+        size = sizes[0]
+        payloads: Sequence[bytes]
+        if size == self._size and sizes == (size,) * SLOTS:
+            payloads = self._cut(size).unpack_from(region, starts[0])
+        else:
+            self._size = size
+            payloads = [
+                region[start : start + size] for start, size in zip(starts, sizes, strict=False)
+            ]
         lengths, flags = told[::3], told[1::3]
         if lengths == (expected,) * count and not any(flags):
             return payloads, evidence, _NOTHING
         return payloads, evidence, self._odd(lengths, flags, expected)
+
+    def _cut(self, size: int) -> struct.Struct:
+        """What cuts a full batch's payloads of one size; worth its while when the size recurs."""
+        if size != self._cuts[0]:
+            gap = self._starts[1] - self._starts[0] - size
+            self._cuts = size, struct.Struct(f"{size}s{gap}x" * (SLOTS - 1) + f"{size}s")
+        return self._cuts[1]
 
     def _struct(self, count: int, expected: int) -> struct.Struct:
         wanted = min(self._name + expected, self._slot)

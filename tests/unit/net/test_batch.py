@@ -152,6 +152,19 @@ def test_link_local_scopes_and_flow_labels_are_kept() -> None:
     assert address(socket.AF_INET6, beside) == (("fe80::1", 514, 0xABCDE, 7), [])
 
 
+def test_full_batches_of_one_size_and_of_others() -> None:
+    batches = made()
+    with bound(socket.AF_INET) as sock, bound(socket.AF_INET) as sender:
+        for size in (3, 3, 3, 5, 5, 3, 3, 0, 0, 0, 3):
+            for last in (size, size, 7):
+                sent = [bytes([index]) * size for index in range(SLOTS - 1)] + [b"x" * last]
+                for data in sent:
+                    sender.sendto(data, sock.getsockname())
+                assert list(batches.receive(sock.fileno(), 0)[0]) == sent
+        sender.sendto(b"one", sock.getsockname())
+        assert list(batches.receive(sock.fileno(), 0)[0]) == [b"one"]
+
+
 def test_errors_are_the_sockets_own() -> None:
     batches = made()
     with bound(socket.AF_INET) as sock:
