@@ -157,6 +157,8 @@ class Connection(TokenCell):
         if self._listeners is not None:
             where = Where(evidence.local, evidence.local_port, evidence.peer, evidence.peer_port)
             self.enforcement = enforcement.inherit(sock, where)
+        else:
+            enforcement.handed_over(sock)
         if self.enforcement is not None:
             self.enforcement.changed = weakly(self._enforced_otherwise)
         return evidence if doubt else replace(evidence, doubt=enforcement.objection(evidence))

@@ -253,6 +253,11 @@ class Enforcement:
         child.refresh(sock)
         return child
 
+    def handed_over(self, sock: socket.socket) -> None:
+        """Go on with the object by which a loop knows the same socket."""
+        if self._sock is not None and socket_cookie(sock) == self._cookie:
+            self._sock = sock
+
     def close(self) -> None:
         """Follow the SPD no more: before the socket is closed, or gets other policies. Idempotent.
 

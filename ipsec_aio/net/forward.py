@@ -108,9 +108,10 @@ class ForwardingTransport(asyncio.Transport):
     What asyncio's transports do not have is looked up in the loop's transport, ``raw``.
     """
 
-    __slots__ = ("__weakref__", "_ipsec_bond", "raw", "write", "writelines")
+    __slots__ = ("__weakref__", "_ipsec_bond", "on_resume", "raw", "write", "writelines")
 
     def __init__(self, raw: asyncio.Transport, bond: Bond) -> None:
+        self.on_resume: Callable[[], None] | None = None
         self.raw = raw
         self._ipsec_bond = bond
         self.write = raw.write  # type: ignore[method-assign]
@@ -147,7 +148,14 @@ class ForwardingTransport(asyncio.Transport):
         self.raw.pause_reading()
 
     def resume_reading(self) -> None:
+        self._deliver_early()
         self._ipsec_bond.context.copy().run(self.raw.resume_reading)
+
+    def _deliver_early(self) -> None:
+        # What was read before reading could be paused.
+        deliver, self.on_resume = self.on_resume, None
+        if deliver is not None:
+            deliver()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self.raw.set_write_buffer_limits(high, low)
@@ -197,6 +205,7 @@ class LatchedTransport(ForwardingTransport):
         self._guard.pause_reading(self.raw)
 
     def resume_reading(self) -> None:
+        self._deliver_early()
         self._guard.resume_reading(self.raw)
 
     def get_write_buffer_size(self) -> int:

@@ -8,7 +8,8 @@ Rules:
   user's protocol itself (:mod:`.forward` says where it cannot).
 * What does not meet ``require`` is reset before the user's protocol hears of it. Where only an
   identity or SA is still awaited, nothing is read until it is known, for ``deadline`` seconds at
-  most; what the peer sends meanwhile stays in the kernel.
+  most; what the peer sends meanwhile stays in the kernel. (uvloop starts to read whatever
+  ``connection_made`` says, so there the first piece is kept, and no more.)
 * Where the kernel can enforce ``require``, it does from before listen or connect (:mod:`.enforce`).
 * An outgoing connection that has to be protected is not begun where no policy would protect it.
 * The port is covered by the stamp before the server listens (:mod:`.listening`).
@@ -36,7 +37,7 @@ from .connect import connect_protected
 from .connection import Connection, Judge
 from .context import current
 from .enforce import KERNEL, Where, check_options, enforcement_for
-from .forward import Bond, bond_of, dress, enter, undress
+from .forward import Bond, ForwardingTransport, bond_of, dress, enter, undress
 from .latching import reset
 from .listening import Listener
 from .protocols import TokenProtocol, takes_token
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HELD_LIMIT",
+    "KEPT_LIMIT",
     "ConnectOptions",
     "ServeOptions",
     "create_connection",
@@ -68,6 +70,8 @@ __all__ = [
 
 HELD_LIMIT = 1024
 """How many connections of a server may wait to be identified; further ones are reset."""
+KEPT_LIMIT = 8 << 20
+"""How many bytes of theirs a server keeps."""
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
@@ -233,7 +237,9 @@ async def create_connection(
         _let_go(loop, made)
     handover = handovers[-1]
     try:
-        await handover.settled
+        # A loop whose transports are replaced, as tests do, may never call connection_made.
+        if handover.begun:
+            await handover.settled
     except BaseException:
         raw.abort()
         raise
@@ -297,6 +303,9 @@ class _Handover(asyncio.Protocol):
         self._latch = latch
         self._accepting = accepting
         self._waiting: asyncio.Task[None] | None = None
+        self._raw: asyncio.Transport | None = None
+        self._early: list[bytes] = []
+        self._ended = False
         self.begun = self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -305,10 +314,27 @@ class _Handover(asyncio.Protocol):
         token = self._connection.made(raw)
         accepting = self._accepting
         if self._deadline and self._awaits(token) and (accepting is None or accepting.holds_one()):
+            self._raw = raw
             raw.pause_reading()
             self._waiting = self._loop.create_task(self._wait(raw, copy_context()))
         else:
             self._settle(raw)
+
+    def data_received(self, data: bytes) -> None:
+        raw, accepting = self._raw, self._accepting
+        if raw is None or self._waiting is None:
+            return  # it was reset
+        raw.pause_reading()
+        self._early.append(data)
+        if accepting is not None:
+            accepting.kept += len(data)
+            if accepting.kept > KEPT_LIMIT:
+                self._waiting.cancel()
+                self._settle(raw)
+
+    def eof_received(self) -> bool:
+        self._ended = True
+        return self._waiting is not None and not self._lost
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -348,6 +374,7 @@ class _Handover(asyncio.Protocol):
         finally:
             if self._accepting is not None:
                 self._accepting.held -= 1
+                self._accepting.kept -= sum(map(len, self._early))
         self._loop.call_soon(self._settle, raw, context=context)
 
     def _settle(self, raw: asyncio.Transport) -> None:
@@ -374,8 +401,9 @@ class _Handover(asyncio.Protocol):
         bond = Bond(self._connection, context, shared)
         self.transport = dress(raw, bond)
         protocol: Any = self.protocol
+        entering = enter(protocol, bond)
         # Installed first: a protocol may put another in its place from connection_made.
-        raw.set_protocol(enter(protocol, bond))
+        raw.set_protocol(entering)
         if self._waiting is not None:
             # What is read is delivered by the loop, so after connection_made.
             self.transport.resume_reading()
@@ -384,8 +412,18 @@ class _Handover(asyncio.Protocol):
             call(protocol.connection_made, self.transport, token)
         else:
             call(protocol.connection_made, self.transport)
+        if self._early or self._ended:
+            self._deliver_early(raw, entering)
         if self._connection.guard is not None:
             self._connection.guard.begin()
+
+    def _deliver_early(self, raw: asyncio.Transport, entering: asyncio.BaseProtocol) -> None:
+        deliver = partial(_deliver, raw, entering, self._early, ended=self._ended)
+        if raw.is_reading() or not isinstance(self.transport, ForwardingTransport):
+            deliver()
+        else:
+            # The user's protocol has paused it.
+            self.transport.on_resume = deliver
 
     def _done(self) -> None:
         if not self.settled.done():
@@ -412,7 +450,7 @@ class _Accepting:
         self._factory = factory
         self._require = require
         self._deadline = deadline
-        self.held = 0
+        self.held = self.kept = 0
         self.counters = Counters()
         self._refusals = Refusals(self.counters)
         self.name = ""
@@ -500,6 +538,23 @@ def _let_go(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
     # socket object, both would.
     if not isinstance(loop, asyncio.BaseEventLoop):
         sock.detach()
+
+
+def _deliver(raw: asyncio.Transport, protocol: Any, pieces: list[bytes], *, ended: bool) -> None:
+    """Call a protocol as the loop would have."""
+    for data in pieces:
+        if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):
+            rest = memoryview(data)
+            while rest and not raw.is_closing():
+                buffer = memoryview(protocol.get_buffer(len(rest))).cast("B")
+                size = min(len(buffer), len(rest))
+                buffer[:size] = rest[:size]
+                protocol.buffer_updated(size)
+                rest = rest[size:]
+        elif not raw.is_closing():
+            protocol.data_received(data)
+    if ended and not raw.is_closing() and not protocol.eof_received():
+        raw.close()
 
 
 def _is_stamped(registration: Registration) -> bool:
