@@ -167,16 +167,24 @@ async def _connect(
             raise ProtectionError(
                 "encrypted", f"there is no SA to {address[0]}, and nobody to negotiate one"
             )
-        # What is under way goes on; what has failed fails again.
-        if found not in (0, errno.EINPROGRESS):
-            raise OSError(found, f"Connect call failed {address}")
+        if found == errno.EINPROGRESS:
+            found = await _result(loop, sock, address)
         if found:
-            await loop.sock_connect(sock, address)
+            raise OSError(found, f"Connect call failed {address}")
         return sock
     except BaseException:
         enforcement.close()
         sock.close()
         raise
+
+
+async def _result(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: Any) -> int:
+    """Wait for a connection that is under way; return its error's number."""
+    try:
+        await loop.sock_connect(sock, address)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def _bind(sock: socket.socket, locals_: Sequence[Info] | None) -> None:
