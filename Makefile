@@ -9,6 +9,8 @@ help:
 	@echo 'make test      everything: lint, types, tests with their coverage, and the lab'
 	@echo 'make unit      the tests that need no kernel of their own; K=expression selects'
 	@echo 'make lab       the tests on real IPsec, in a virtual machine; K=expression selects'
+	@echo 'make bench     what tokens cost, beside the loops that have none: docs/performance.md;'
+	@echo '               QUICK=1 for a first look, which writes nothing'
 	@echo 'make lint      ruff: style and format'
 	@echo 'make types     mypy and pyright, both strict'
 	@echo 'make docs      these pages and the API, as HTML in build/docs'
@@ -58,6 +60,9 @@ docs: .venv/docs
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
+bench: .venv/ready
+	@$(BIN)/python bench $(if $(QUICK),--quick)
+
 clean:
 	rm -rf build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .lab/run-*
 	find ipsec_aio tests examples -name __pycache__ -prune -exec rm -rf {} +
@@ -65,4 +70,4 @@ clean:
 distclean: clean
 	rm -rf .venv .lab
 
-.PHONY: help demo test lint types unit lab docs clean distclean
+.PHONY: help bench demo test lint types unit lab docs clean distclean
