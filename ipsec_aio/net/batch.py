@@ -43,6 +43,7 @@ _IOVEC = struct.Struct("=QQ")
 _HEADER = struct.Struct("=QI4xQQQQi4xI4x")
 # msg_controllen, msg_flags, msg_len.
 _TOLD = "40xQi4xI4x"
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 _SIN = struct.Struct("=H2s4s8x")
 _SIN6 = struct.Struct("=H2s4s16sI")
 
@@ -127,7 +128,7 @@ class Batch:
         """
         region = self._region
         region[self._reset] = self._fresh
-        count = self._call(fd, self._headers_at, SLOTS, socket.MSG_DONTWAIT, None)
+        count = self._call(fd, self._headers_at, SLOTS, _DONTWAIT, None)
         if count < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))

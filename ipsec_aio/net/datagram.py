@@ -229,9 +229,18 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 return
             self._sparse -= 1
             received, emptied, error = self._receive(1)
+            witness.after(emptied=emptied)
+            if received and not self._backlog and not self._waiting:
+                ((data, told, flags, addr),) = received
+                verdict = witness.judge(addr, told, flags)
+                if not verdict.waits:
+                    self._counters.received += 1
+                    self._conclude(data, addr, verdict)
+                    current.set(None)
+                    return
         else:
             received, emptied, error = self._receive(BATCH)
-        witness.after(emptied=emptied)
+            witness.after(emptied=emptied)
         judge = witness.judge
         self._backlog.extend(
             [(data, addr, judge(addr, told, flags)) for data, told, flags, addr in received]

@@ -55,7 +55,8 @@ PROTECTED_LIMIT = 131072
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _WILDCARDS = (bytes(4), bytes(16))
-_TRUNCATED = socket.MSG_TRUNC | socket.MSG_CTRUNC
+# A plain number: the enumeration's operators are slow.
+_TRUNCATED = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def runs_udp(sock: socket.socket) -> bool:
