@@ -240,6 +240,8 @@ async def create_connection(
         # A loop whose transports are replaced, as tests do, may never call connection_made.
         if handover.begun:
             await handover.settled
+        if handover.transport is None and handover.error is None and require is not None:
+            raise ProtectionError("require", "the connection could not be judged")
     except BaseException:
         raw.abort()
         raise
@@ -311,7 +313,14 @@ class _Handover(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.begun = True
         raw = cast("asyncio.Transport", transport)
-        token = self._connection.made(raw)
+        try:
+            token = self._connection.made(raw)
+        except BaseException:
+            # The loop reports it; nothing goes on unjudged, and nobody waits for it.
+            self._done()
+            if self._accepting is not None:
+                reset(raw)
+            raise
         accepting = self._accepting
         if self._deadline and self._awaits(token) and (accepting is None or accepting.holds_one()):
             self._raw = raw

@@ -26,6 +26,7 @@ from stream_tools import (
 
 import ipsec_aio
 from ipsec_aio import Assurance, ProtectionError, Require, current_ptoken
+from ipsec_aio.net.connection import Connection
 from ipsec_aio.net.readers import _Upgrading
 
 
@@ -183,3 +184,33 @@ async def test_a_connection_that_is_lost_at_once_leaves_no_descriptor() -> None:
             gc.collect()
             spare = set(os.listdir("/proc/self/fd")) - before
             assert len(spare) <= 1  # the server's end may still be open
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("no evidence can be read")
+
+
+async def test_an_outgoing_connection_that_cannot_be_judged_is_given_up(monkeypatch: Any) -> None:
+    backend = protecting()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)
+    monkeypatch.setattr(Connection, "made", broken)
+    async with await loop.create_server(asyncio.Protocol, HOST, 0) as server:
+        with pytest.raises((ProtectionError, RuntimeError), match=r"be judged|no evidence"):
+            await ipsec_aio.create_connection(
+                Tokened, HOST, port_of(server), backend=backend, require=~Require(assurance="EXACT")
+            )
+
+
+async def test_an_accepted_connection_that_cannot_be_judged_is_reset(monkeypatch: Any) -> None:
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, told: reported.append(told))
+    monkeypatch.setattr(Connection, "made", broken)
+    async with serving(Tokened, protecting()) as server:
+        reader, writer = await asyncio.open_connection(HOST, port_of(server))
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
+    assert reported
