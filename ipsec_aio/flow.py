@@ -36,6 +36,18 @@ def pack_address(text: str) -> bytes:
 
     Raises ValueError for anything that is no IP address.
     """
+    try:
+        packed = bytes(map(int, text.split(".", 4)))
+    except ValueError:
+        packed = b""
+    # ipaddress takes 10 µs, and each connection and each new peer comes this way.
+    if len(packed) == 4 and "%d.%d.%d.%d" % tuple(packed) == text:
+        return packed
+    return _pack(text)
+
+
+@lru_cache(4096)
+def _pack(text: str) -> bytes:
     return unmap(ip_address(text.partition("%")[0]).packed)
 
 
@@ -69,8 +81,7 @@ class Flow:
     if_id: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Selector:
+class Selector(NamedTuple):
     """``struct xfrm_selector`` (linux/xfrm.h): which traffic an SA or a policy is for.
 
     ``family`` is AF_INET (2), AF_INET6 (10) or 0 for any. Under prefix length 0 any address will

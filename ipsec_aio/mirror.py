@@ -210,7 +210,8 @@ class Mirror:
             raise RuntimeError("load() outside a resync")
         match event:
             case SAAdded(sa):
-                staging.sad.pop(sa.key)
+                if any(True for _ in staging.sad.numbered(sa.spi)):
+                    staging.sad.pop(sa.key)
                 staging.sad.add(Record(sa, now))
             case PolicyAdded(policy):
                 staging.spd.load(policy, now)

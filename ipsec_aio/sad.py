@@ -143,37 +143,52 @@ def _tally(counts: dict[_K, int], what: _K, step: int) -> None:
 class SAD(Index):
     """The living SAs."""
 
-    __slots__ = ("_compressing", "_marked", "_records", "_set_marks")
+    __slots__ = ("_compressing", "_crowded", "_marked", "_set_marks", "_size")
 
     def __init__(self) -> None:
         super().__init__()
-        self._records: dict[SAKey, Record] = {}
+        self._size = 0
+        # An SPI is mostly one SA's alone: by their keys there are only those where it is not.
+        self._crowded: dict[SAKey, Record] = {}
         self._marked = 0
         self._set_marks: dict[Mark, int] = {}
         self._compressing: dict[tuple[bytes, bytes], int] = {}
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._size
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(self._records.values())
+        return chain.from_iterable(map(_members, self._by_spi.values()))
 
     def get(self, key: SAKey) -> Record | None:
         """Return the SA with this key."""
-        return self._records.get(key)
+        group = self._by_spi.get(key.spi)
+        if isinstance(group, Record):
+            return group if group.sa.key == key else None
+        return None if group is None else self._crowded.get(key)
 
     def add(self, record: Record) -> None:
         """Put an SA in whose key is free."""
         super().add(record)
-        self._records[record.sa.key] = record
+        group = self._by_spi[record.sa.spi]
+        if not isinstance(group, Record):
+            for each in group if len(group) == 2 else (record,):
+                self._crowded[each.sa.key] = each
+        self._size += 1
         self._count(record.sa, 1)
 
     def pop(self, key: SAKey) -> Record | None:
         """Take out and return the SA with this key."""
-        record = self._records.pop(key, None)
-        if record is not None:
-            super().remove(record)
-            self._count(record.sa, -1)
+        record = self.get(key)
+        if record is None:
+            return None
+        super().remove(record)
+        if self._crowded.pop(key, None) is not None:
+            left = self._by_spi[key.spi]
+            if isinstance(left, Record):
+                del self._crowded[left.sa.key]
+        self._size -= 1
+        self._count(record.sa, -1)
         return record
 
     @property

@@ -16,19 +16,22 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import chain, count
 
 from .enums import Direction
-from .flow import Flow
+from .flow import Flow, Mark, Selector
 from .policy import Policy, PolicyKey
 
 __all__ = ["SPD"]
 
 MAIN = 0
 SUB = 1
+_FAMILIES = ((2, 4), (10, 16))
 
 # Prefix lengths and address lengths of both ends: one dict of policies for each that is in use.
 _Shape = tuple[int, int, int]
+# What tells policies of one table apart. The selector alone is most of them.
+_Name = Selector | tuple[Selector, Mark, int]
 
 
 class _Entry:
@@ -47,51 +50,67 @@ class _Entry:
 
 
 class _Table:
-    """The policies of one direction, type and interface id.
+    """The policies of one direction and type.
 
-    Keys are the two masked addresses as one integer; a list holds what shares them, in order.
+    Keys of a shape are the interface id and the two masked addresses as one integer. What shares
+    them is a list in order; mostly there is one, and a list for each would be a lot of memory.
     """
 
-    __slots__ = ("shapes",)
+    __slots__ = ("entries", "shapes")
 
     def __init__(self) -> None:
-        self.shapes: dict[_Shape, dict[int, list[_Entry]]] = {}
+        self.entries: dict[_Name, _Entry] = {}
+        self.shapes: dict[_Shape, dict[int, _Entry | list[_Entry]]] = {}
 
     def add(self, entry: _Entry) -> None:
-        for shape, key in _places(entry.policy):
-            buckets = self.shapes.setdefault(shape, {})
-            bucket = buckets.get(key)
-            if bucket is None:
-                buckets[key] = [entry]
-            else:
+        policy = entry.policy
+        self.entries[_name(policy.selector, policy.mark, policy.if_id)] = entry
+        for shape, key in _places(policy):
+            buckets = self.shapes.get(shape)
+            if buckets is None:
+                buckets = self.shapes[shape] = {}
+            bucket = buckets.setdefault(key, entry)
+            if isinstance(bucket, list):
                 insort(bucket, entry)
+            elif bucket is not entry:
+                buckets[key] = sorted((bucket, entry))
 
     def remove(self, entry: _Entry) -> None:
-        for shape, key in _places(entry.policy):
-            bucket = self.shapes[shape][key]
-            del bucket[bisect_left(bucket, entry)]
-            if not bucket:
-                del self.shapes[shape][key]
-                if not self.shapes[shape]:
-                    del self.shapes[shape]
+        policy = entry.policy
+        del self.entries[_name(policy.selector, policy.mark, policy.if_id)]
+        for shape, key in _places(policy):
+            buckets = self.shapes[shape]
+            bucket = buckets[key]
+            if isinstance(bucket, list):
+                del bucket[bisect_left(bucket, entry)]
+                if len(bucket) == 1:
+                    (buckets[key],) = bucket
+                continue
+            del buckets[key]
+            if not buckets:
+                del self.shapes[shape]
 
-    def candidates(self, flow: Flow) -> Iterator[list[_Entry]]:
+    def candidates(self, flow: Flow) -> Iterator[Iterable[_Entry]]:
         size = len(flow.destination)
         bits = size * 8
         source = int.from_bytes(flow.source)
         destination = int.from_bytes(flow.destination)
         for (shape_size, s, d), buckets in self.shapes.items():
             if shape_size == size:
-                bucket = buckets.get(source >> (bits - s) << bits | destination >> (bits - d))
+                ends = source >> (bits - s) << bits | destination >> (bits - d)
+                bucket = buckets.get(flow.if_id << 2 * bits | ends)
                 if bucket is not None:
-                    yield bucket
+                    yield bucket if isinstance(bucket, list) else (bucket,)
 
 
-def _places(policy: Policy) -> list[tuple[_Shape, int]]:
+def _name(selector: Selector, mark: Mark, if_id: int) -> _Name:
+    return (selector, mark, if_id) if if_id or any(mark) else selector
+
+
+def _places(policy: Policy) -> Iterator[tuple[_Shape, int]]:
     selector = policy.selector
     s, d = selector.source_prefix, selector.destination_prefix
-    places: list[tuple[_Shape, int]] = []
-    for family, size in ((2, 4), (10, 16)):
+    for family, size in _FAMILIES:
         if selector.family not in (0, family):
             continue
         if (s and len(selector.source) != size) or (d and len(selector.destination) != size):
@@ -99,8 +118,7 @@ def _places(policy: Policy) -> list[tuple[_Shape, int]]:
         bits = size * 8
         source = int.from_bytes(selector.source) >> (bits - s) if s else 0
         destination = int.from_bytes(selector.destination) >> (bits - d) if d else 0
-        places.append(((size, s, d), source << bits | destination))
-    return places
+        yield (size, s, d), policy.if_id << 2 * bits | source << bits | destination
 
 
 def _matches(policy: Policy, flow: Flow) -> bool:
@@ -116,26 +134,25 @@ def _matches(policy: Policy, flow: Flow) -> bool:
 
 
 class SPD:
-    """Policies by key, by the kernel's index, and by flow.
+    """Policies by key and by flow.
 
     ``changes`` counts what was added and removed.
     """
 
     def __init__(self) -> None:
         self.changes = 0
-        self._entries: dict[PolicyKey, _Entry] = {}
-        self._by_index: dict[int, PolicyKey] = {}
-        self._tables: dict[tuple[Direction, int, int], _Table] = {}
+        self._size = 0
+        self._tables: dict[tuple[Direction, int], _Table] = {}
         self._rank = count(1)
         self._marked = 0
         self._by_interface = 0
         self._conditional = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._size
 
     def __iter__(self) -> Iterator[Policy]:
-        return (entry.policy for entry in self._entries.values())
+        return (entry.policy for entry in self._entries())
 
     @property
     def marked_inbound(self) -> bool:
@@ -154,12 +171,15 @@ class SPD:
 
     def get(self, key: PolicyKey) -> Policy | None:
         """Return the policy with this key."""
-        entry = self._entries.get(key)
+        entry = self._find(key)
         return None if entry is None else entry.policy
 
     def added(self, policy: Policy) -> float:
         """Return since when this policy is here. Raises KeyError where it is not."""
-        return self._entries[policy.key].added
+        entry = self._find(policy.key)
+        if entry is None:
+            raise KeyError(policy.key)
+        return entry.added
 
     def add(self, policy: Policy, now: float) -> bool:
         """Add or replace; say whether that changes what the SPD says."""
@@ -171,58 +191,59 @@ class SPD:
 
     def restart(self, now: float) -> None:
         """Count every policy's age from now."""
-        for entry in self._entries.values():
+        for entry in self._entries():
             entry.added = now
 
     def _insert(self, policy: Policy, now: float, rank: int) -> bool:
         if policy.of_socket:
             return False
-        key = policy.key
-        old = self._entries.get(key)
+        name = _name(policy.selector, policy.mark, policy.if_id)
+        old = self._table(policy.direction, policy.kind).entries.get(name)
         if old is not None:
             if _same(old.policy, policy):
-                self._by_index.pop(old.policy.index, None)
-                self._by_index[policy.index] = key
                 old.policy = policy
                 return False
             if old.policy.priority == policy.priority:
                 rank = old.rank
-            self.remove(key)
-        entry = _Entry(policy, rank, now)
-        self._entries[key] = entry
-        self._by_index[policy.index] = key
+            self._drop(old)
+        self._table(policy.direction, policy.kind).add(_Entry(policy, rank, now))
         self._count(policy, 1)
-        self._table(policy).add(entry)
-        self.changes += 1
         return True
 
     def remove(self, key: PolicyKey) -> Policy | None:
         """Remove and return the policy with this key, None where there is none."""
-        entry = self._entries.pop(key, None)
-        if entry is None:
-            return None
-        policy = entry.policy
-        self.changes += 1
-        if self._by_index.get(policy.index) == key:
-            del self._by_index[policy.index]
-        self._count(policy, -1)
-        table = self._table(policy)
-        table.remove(entry)
-        if not table.shapes:
-            del self._tables[policy.direction, policy.kind, policy.if_id]
-        return policy
+        entry = self._find(key)
+        return None if entry is None else self._drop(entry)
 
     def remove_index(self, index: int) -> Policy | None:
         """Remove and return the policy with the kernel's number."""
-        key = self._by_index.get(index)
-        return None if key is None else self.remove(key)
+        found = [entry for entry in self._entries() if entry.policy.index == index]
+        return self._drop(found[-1]) if found else None
 
     def flush(self, kind: int) -> int:
         """Remove the policies of a type; return how many those were."""
-        keys = [key for key in self._entries if key.kind == kind]
-        for key in keys:
-            self.remove(key)
-        return len(keys)
+        entries = [entry for entry in self._entries() if entry.policy.kind == kind]
+        for entry in entries:
+            self._drop(entry)
+        return len(entries)
+
+    def _drop(self, entry: _Entry) -> Policy:
+        policy = entry.policy
+        table = self._table(policy.direction, policy.kind)
+        table.remove(entry)
+        if not table.entries:
+            del self._tables[policy.direction, policy.kind]
+        self._count(policy, -1)
+        return policy
+
+    def _entries(self) -> Iterator[_Entry]:
+        return chain.from_iterable(table.entries.values() for table in self._tables.values())
+
+    def _find(self, key: PolicyKey) -> _Entry | None:
+        table = self._tables.get((key.direction, key.kind))
+        return (
+            None if table is None else table.entries.get(_name(key.selector, key.mark, key.if_id))
+        )
 
     def lookup(self, flow: Flow, direction: Direction) -> Policy | None:
         """Return the policy that the kernel applies first to this flow, None for the default."""
@@ -240,7 +261,7 @@ class SPD:
         return [[entry.policy for entry in sorted(entries)] for entries in found if entries]
 
     def _best(self, flow: Flow, direction: Direction, kind: int) -> list[_Entry]:
-        table = self._tables.get((direction, kind, flow.if_id))
+        table = self._tables.get((direction, kind))
         best: list[_Entry] = []
         if table is None:
             return best
@@ -248,14 +269,15 @@ class SPD:
             _collect(bucket, flow, best)
         return best
 
-    def _table(self, policy: Policy) -> _Table:
-        place = policy.direction, policy.kind, policy.if_id
-        table = self._tables.get(place)
+    def _table(self, direction: Direction, kind: int) -> _Table:
+        table = self._tables.get((direction, kind))
         if table is None:
-            table = self._tables[place] = _Table()
+            table = self._tables[direction, kind] = _Table()
         return table
 
     def _count(self, policy: Policy, step: int) -> None:
+        self.changes += 1
+        self._size += step
         if policy.direction is Direction.IN:
             self._marked += step * bool(policy.mark.mask or policy.mark.value)
             self._by_interface += step * bool(policy.selector.ifindex)

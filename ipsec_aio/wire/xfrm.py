@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from struct import Struct, calcsize
+from typing import Any, cast
 
 from ..enums import Direction, Mode, PolicyAction
 from ..errors import CodecError
@@ -112,34 +113,57 @@ _OFFLOAD_PACKET = 4
 _INFINITE = (1 << 64) - 1
 
 # Native alignment ("@"), as the kernel's structures have it; "0Q" pads their ends.
-_SELECTOR = "16s16s8sHBBB3xiI"
-_LIFETIME = "8Q4Q"
+_SELECTOR = Struct("@16s16s8sHBBB3xiI")
+_LIMITS = Struct("@8Q")
+_USED = Struct("@4Q")
 _U32 = Struct("=I")
 _PORTS = Struct(">4H")
-_USERSA_INFO = Struct("@" + _SELECTOR + "16s4sB3x16s" + _LIFETIME + "16xIHBBB0Q")
+_USERSA_INFO = Struct("@56s16s4sB3x16s64s32s16xIHBBB0Q")
 _USERSA_ID = Struct("@16s4sHBx")
-_USERPOLICY_INFO = Struct("@" + _SELECTOR + _LIFETIME + "IIBBBB0Q")
-_USERPOLICY_ID = Struct("@" + _SELECTOR + "IB0I")
+_USERPOLICY_INFO = Struct("@56s64s32sIIBBBB0Q")
+_USERPOLICY_ID = Struct("@56sIB0I")
 _TEMPLATE = Struct("@16s4sB3xHxx16sIBBB3I")
 _MAPPING_INFO = Struct("@16s4sHBxI16s16s2s2s")
 _MIGRATE_INFO = Struct("@16s16s16s16sBBxxIHH")
 _ENCAPSULATION = Struct("@H2s2sxx16s")
 _ALGORITHM = Struct("@64sI")
 _ALGORITHM_ICV = Struct("@64sII")
-_REPLAY_ESN = Struct("@20xI")
 _MARK_PAIR = Struct("@II")
 _OFFLOAD = Struct("@iB0i")
 _CONTEXT = Struct("@4xBBH")
 _EXPIRE_SIZE = calcsize("@" + _USERSA_INFO.format[1:] + "B0Q")
 _POLEXPIRE_SIZE = calcsize("@" + _USERPOLICY_INFO.format[1:] + "B0Q")
 
-_Places = dict[int, tuple[int, int]]
+# Of an attribute its size, and the bytes that are looked at.
+_Parts = dict[int, tuple[int, bytes]]
+# What is cut out of an attribute: no more than lies before a key. None: all of it, as it is short.
+_Cuts = dict[int, Struct | None]
+
+_OF_KEY: _Cuts = {_MARK: Struct("8s"), _IF_ID: Struct("4s")}
+_OF_SA: _Cuts = _OF_KEY | {
+    _ALG_AUTH: Struct("68s"),
+    _ALG_CRYPT: Struct("68s"),
+    _ALG_COMP: Struct("68s"),
+    _ALG_AEAD: Struct("72s"),
+    _ALG_AUTH_TRUNC: Struct("72s"),
+    _ENCAP: Struct("24s"),
+    _REPLAY_ESN_VAL: Struct("20x4s"),
+    _SA_EXTRA_FLAGS: Struct("4s"),
+    _OFFLOAD_DEV: Struct("8s"),
+    _SET_MARK: Struct("4s"),
+    _SET_MARK_MASK: Struct("4s"),
+    _SA_DIR: Struct("1s"),
+}
+_OF_POLICY: _Cuts = _OF_KEY | {_TMPL: None, _POLICY_TYPE: Struct("1s"), _SEC_CTX: None}
+_OF_DELETION: _Cuts = _OF_POLICY | {_POLICY: Struct(f"{_USERPOLICY_INFO.size}s")}
+_OF_FLUSH: _Cuts = {_POLICY_TYPE: Struct("1s")}
+
 _NO_MARK = Mark()
 _NO_SELECTOR = Selector()
-_NO_LIMITS = (_INFINITE,) * 4 + (0,) * 4
-_FOREVER = Lifetime()
+_NO_PREFIXES = bytes(2)
 _MODES = {int(mode): mode for mode in Mode}
 _ACTIONS = {int(action): action for action in PolicyAction}
+_DIRECTIONS = tuple(Direction)
 _SA_DIRECTIONS = {1: Direction.IN, 2: Direction.OUT}
 _DEFAULTS = {0: PolicyAction.ALLOW, 1: PolicyAction.BLOCK, 2: PolicyAction.ALLOW}
 
@@ -192,27 +216,26 @@ def get_sa(key: SAKey, sequence: int) -> bytes:
 
 def _sa_added(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _USERSA_INFO.size, "NEWSA")
-    return (SAAdded(_sa(buffer, start, _places(buffer, start + _USERSA_INFO.size, end))),)
+    return (SAAdded(_sa(buffer, start, start + _USERSA_INFO.size, end)),)
 
 
 def _sa_updated(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _USERSA_INFO.size, "UPDSA")
-    sa = _sa(buffer, start, _places(buffer, start + _USERSA_INFO.size, end))
-    return (SAAdded(sa, updated=True),)
+    return (SAAdded(_sa(buffer, start, start + _USERSA_INFO.size, end), updated=True),)
 
 
 def _sa_deleted(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _USERSA_ID.size, "DELSA")
     destination, spi, family, proto = _USERSA_ID.unpack_from(buffer, start)
-    places = _places(buffer, start + _USERSA_ID.size, end)
+    parts = _parts(buffer, start + _USERSA_ID.size, end, _OF_KEY)
     return (
         SADeleted(
             SAKey(
                 _address(destination, family),
                 proto,
                 int.from_bytes(spi),
-                _mark(buffer, places),
-                _u32(buffer, places, _IF_ID),
+                _mark(parts),
+                _u32(parts, _IF_ID),
             )
         ),
     )
@@ -220,7 +243,7 @@ def _sa_deleted(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
 
 def _sa_expired(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _EXPIRE_SIZE, "EXPIRE")
-    sa = _sa(buffer, start, _places(buffer, start + _EXPIRE_SIZE, end))
+    sa = _sa(buffer, start, start + _EXPIRE_SIZE, end)
     return (SAExpired(sa, hard=bool(buffer[start + _USERSA_INFO.size])),)
 
 
@@ -234,15 +257,15 @@ def _mapped(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     destination, spi, family, proto, reqid, old, new, old_port, new_port = (
         _MAPPING_INFO.unpack_from(buffer, start)
     )
-    places = _places(buffer, start + _MAPPING_INFO.size, end)
+    parts = _parts(buffer, start + _MAPPING_INFO.size, end, _OF_KEY)
     return (
         SAMapped(
             SAKey(
                 _address(destination, family),
                 proto,
                 int.from_bytes(spi),
-                _mark(buffer, places),
-                _u32(buffer, places, _IF_ID),
+                _mark(parts),
+                _u32(parts, _IF_ID),
             ),
             reqid,
             _address(old, family),
@@ -279,29 +302,28 @@ def _migrated(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
 
 def _policy_added(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _USERPOLICY_INFO.size, "NEWPOLICY")
-    places = _places(buffer, start + _USERPOLICY_INFO.size, end)
-    return (PolicyAdded(_policy(buffer, start, places)),)
+    parts = _parts(buffer, start + _USERPOLICY_INFO.size, end, _OF_POLICY)
+    return (PolicyAdded(_policy(buffer, start, parts)),)
 
 
 def _policy_deleted(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _USERPOLICY_ID.size, "DELPOLICY")
-    places = _places(buffer, start + _USERPOLICY_ID.size, end)
+    parts = _parts(buffer, start + _USERPOLICY_ID.size, end, _OF_DELETION)
     # The header has a key or an index, whichever the caller deleted by; the attribute has both.
-    inner = _place(places, _POLICY, _USERPOLICY_INFO.size)
-    if inner is None:
+    if _POLICY not in parts:
         raise CodecError("DELPOLICY without the policy")
-    policy = _policy(buffer, inner, places)
+    policy = _policy(parts[_POLICY][1], 0, parts)
     return (PolicyDeleted(policy.key, policy.index),)
 
 
 def _policy_expired(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
     _need(start, end, _POLEXPIRE_SIZE, "POLEXPIRE")
-    policy = _policy(buffer, start, _places(buffer, start + _POLEXPIRE_SIZE, end))
+    policy = _policy(buffer, start, _parts(buffer, start + _POLEXPIRE_SIZE, end, _OF_POLICY))
     return (PolicyExpired(policy, hard=bool(buffer[start + _USERPOLICY_INFO.size])),)
 
 
 def _policies_flushed(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    return (PoliciesFlushed(_policy_type(buffer, _places(buffer, start, end))),)
+    return (PoliciesFlushed(_policy_type(_parts(buffer, start, end, _OF_FLUSH))),)
 
 
 def _defaults(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
@@ -332,89 +354,148 @@ _DECODERS: dict[int, Callable[[Buffer, int, int], tuple[Event, ...]]] = {
 _SILENT = frozenset({_ACQUIRE, _REPORT, _NEWAE})
 
 
-def _sa(buffer: Buffer, start: int, places: _Places) -> SA:
-    fields = _USERSA_INFO.unpack_from(buffer, start)
-    destination, spi, proto, source = fields[9:13]
-    reqid, family, mode, replay_window, flags = fields[25:30]
+def _sa(buffer: Buffer, start: int, rest: int, end: int) -> SA:
+    (
+        selector,
+        destination,
+        spi,
+        proto,
+        source,
+        limits,
+        used,
+        reqid,
+        family,
+        mode,
+        replay_window,
+        flags,
+    ) = _USERSA_INFO.unpack_from(buffer, start)
     if mode not in _MODES:
         raise CodecError("SA of unknown mode")
-    esn = _place(places, _REPLAY_ESN_VAL, _REPLAY_ESN.size)
-    if esn is not None:
-        (replay_window,) = _REPLAY_ESN.unpack_from(buffer, esn)
-    authentication = _algorithm_icv(buffer, places, _ALG_AUTH_TRUNC)
-    return SA(
-        destination=_address(destination, family),
-        proto=proto,
-        spi=int.from_bytes(spi),
-        source=_address(source, family),
-        mode=_MODES[mode],
-        reqid=reqid,
-        mark=_mark(buffer, places),
-        if_id=_u32(buffer, places, _IF_ID),
-        encryption=_algorithm(buffer, places, _ALG_CRYPT),
-        authentication=authentication or _algorithm(buffer, places, _ALG_AUTH),
-        aead=_algorithm_icv(buffer, places, _ALG_AEAD),
-        compression=_algorithm(buffer, places, _ALG_COMP),
-        encapsulation=_encapsulation(buffer, places, family),
-        selector=_selector(*fields[:9]),
-        replay_window=replay_window,
-        esn=bool(flags & _STATE_ESN),
-        lifetime=_lifetime(fields[13:21]),
-        usage=Usage(*fields[21:25]),
-        direction=_direction(buffer, places),
-        set_mark=_set_mark(buffer, places),
-        offload=_offload(buffer, places),
-        flags=flags,
-        extra_flags=_u32(buffer, places, _SA_EXTRA_FLAGS),
+    parts = _parts(buffer, rest, end, _OF_SA)
+    # A frozen dataclass is slow to fill, so what is filled becomes one afterwards.
+    sa: Any = _UnfrozenSA()
+    sa.destination = _address(destination, family)
+    sa.proto = proto
+    sa.spi = int.from_bytes(spi)
+    sa.source = _address(source, family)
+    sa.mode = _MODES[mode]
+    sa.reqid = reqid
+    # These may be each SA's own.
+    sa.mark = _mark(parts)
+    sa.if_id = _u32(parts, _IF_ID)
+    sa.encapsulation = _encapsulation(parts, family)
+    (
+        sa.encryption,
+        sa.authentication,
+        sa.aead,
+        sa.compression,
+        esn_window,
+        sa.direction,
+        sa.set_mark,
+        sa.offload,
+        sa.extra_flags,
+    ) = _properties(tuple(parts.items()))
+    sa.selector = _selector(selector)
+    sa.replay_window = replay_window if esn_window is None else esn_window
+    sa.esn = bool(flags & _STATE_ESN)
+    sa.lifetime = _lifetime(limits)
+    sa.usage = _usage(used)
+    sa.flags = flags
+    sa.__class__ = SA
+    return cast("SA", sa)
+
+
+class _UnfrozenSA:
+    __slots__ = SA.__slots__
+
+
+# SAs of a kind have the same few.
+@lru_cache(maxsize=1024)
+def _properties(
+    told: tuple[tuple[int, tuple[int, bytes]], ...],
+) -> tuple[
+    Algorithm | None,
+    Algorithm | None,
+    Algorithm | None,
+    Algorithm | None,
+    int | None,
+    Direction | None,
+    Mark | None,
+    Offload | None,
+    int,
+]:
+    """Encryption, authentication, AEAD, compression, ESN window, direction, and so on."""
+    parts = dict(told)
+    return (
+        _algorithm(parts, _ALG_CRYPT),
+        _algorithm(parts, _ALG_AUTH_TRUNC) or _algorithm(parts, _ALG_AUTH),
+        _algorithm(parts, _ALG_AEAD),
+        _algorithm(parts, _ALG_COMP),
+        _u32(parts, _REPLAY_ESN_VAL) if _REPLAY_ESN_VAL in parts else None,
+        _direction(parts),
+        _set_mark(parts),
+        _offload(parts),
+        _u32(parts, _SA_EXTRA_FLAGS),
     )
 
 
-def _policy(buffer: Buffer, start: int, places: _Places) -> Policy:
-    fields = _USERPOLICY_INFO.unpack_from(buffer, start)
-    priority, index, direction, action, flags, share = fields[21:27]
+def _policy(buffer: Buffer, start: int, parts: _Parts) -> Policy:
+    selector, limits, used, priority, index, direction, action, flags, share = (
+        _USERPOLICY_INFO.unpack_from(buffer, start)
+    )
     # A socket's own policies are dumped with directions 3 to 5, and their index says so too.
     if direction > 5 or (direction >= 3) != (index & 7 >= 3):
         raise CodecError("policy of unknown direction")
     if action not in _ACTIONS:
         raise CodecError("policy with an unknown action")
-    return Policy(
-        selector=_selector(*fields[:9]),
-        direction=Direction(direction % 3),
-        action=_ACTIONS[action],
-        priority=priority,
-        index=index,
-        templates=_templates(buffer, places),
-        mark=_mark(buffer, places),
-        if_id=_u32(buffer, places, _IF_ID),
-        kind=_policy_type(buffer, places),
-        flags=flags,
-        share=share,
-        lifetime=_lifetime(fields[9:17]),
-        usage=Usage(*fields[17:21]),
-        security_context=_context(buffer, places),
-    )
+    policy: Any = _UnfrozenPolicy()
+    policy.selector = _selector(selector)
+    policy.direction = _DIRECTIONS[direction % 3]
+    policy.action = _ACTIONS[action]
+    policy.priority = priority
+    policy.index = index
+    policy.templates = _templates(parts[_TMPL][1]) if _TMPL in parts else ()
+    policy.mark = _mark(parts)
+    policy.if_id = _u32(parts, _IF_ID)
+    policy.kind = _policy_type(parts)
+    policy.flags = flags
+    policy.share = share
+    policy.lifetime = _lifetime(limits)
+    policy.usage = _usage(used)
+    policy.security_context = _context(parts[_SEC_CTX][1]) if _SEC_CTX in parts else b""
+    policy.__class__ = Policy
+    return cast("Policy", policy)
 
 
-def _selector(
-    destination: bytes,
-    source: bytes,
-    ports: bytes,
-    family: int,
-    destination_prefix: int,
-    source_prefix: int,
-    proto: int,
-    ifindex: int,
-    user: int,
-) -> Selector:
+class _UnfrozenPolicy:
+    __slots__ = Policy.__slots__
+
+
+def _selector(data: bytes) -> Selector:
+    # Where no address counts, there are few.
+    return _any_selector(data) if data[42:44] == _NO_PREFIXES else _parsed_selector(data)
+
+
+def _parsed_selector(data: bytes) -> Selector:
+    (
+        destination,
+        source,
+        ports,
+        family,
+        destination_prefix,
+        source_prefix,
+        proto,
+        ifindex,
+        user,
+    ) = _SELECTOR.unpack(data)
     if not family:
         return _NO_SELECTOR  # XFRM_STATE_AF_UNSPEC: the kernel does not look at the rest
     destination = _address(destination, family)
-    source = _address(source, family)
     if max(destination_prefix, source_prefix) > len(destination) * 8:
         raise CodecError("selector with a prefix longer than an address")
     to_port, to_mask, from_port, from_mask = _PORTS.unpack(ports)
     return Selector(
-        source,
+        _address(source, family),
         destination,
         source_prefix,
         destination_prefix,
@@ -429,42 +510,45 @@ def _selector(
     )
 
 
-def _lifetime(limits: tuple[int, ...]) -> Lifetime:
-    if limits == _NO_LIMITS:
-        return _FOREVER
+_any_selector = lru_cache(maxsize=1024)(_parsed_selector)
+
+
+@lru_cache(maxsize=1024)
+def _lifetime(data: bytes) -> Lifetime:
+    limits = _LIMITS.unpack(data)
     amounts = (None if limit == _INFINITE else limit for limit in limits[:4])
     # Unlike amounts, no seconds are no limit.
     seconds = (None if limit in (0, _INFINITE) else limit for limit in limits[4:])
     return Lifetime(*amounts, *seconds)
 
 
-def _templates(buffer: Buffer, places: _Places) -> tuple[Template, ...]:
-    if _TMPL not in places:
-        return ()
-    start, end = places[_TMPL]
-    if (end - start) % _TEMPLATE.size:
-        raise CodecError(f"XFRMA_TMPL of {end - start} bytes")
-    size = _TEMPLATE.size
-    return tuple(_template(bytes(buffer[at : at + size])) for at in range(start, end, size))
+@lru_cache(maxsize=1024)
+def _usage(data: bytes) -> Usage:
+    return Usage._make(_USED.unpack(data))
 
 
 # Policies of a kind have the same few.
-@lru_cache(maxsize=4096)
-def _template(data: bytes) -> Template:
-    (
-        destination,
-        spi,
-        proto,
-        family,
-        source,
-        reqid,
-        mode,
-        share,
-        optional,
-        auth_algorithms,
-        encryption_algorithms,
-        compression_algorithms,
-    ) = _TEMPLATE.unpack(data)
+@lru_cache(maxsize=1024)
+def _templates(data: bytes) -> tuple[Template, ...]:
+    if len(data) % _TEMPLATE.size:
+        raise CodecError(f"XFRMA_TMPL of {len(data)} bytes")
+    return tuple(_template(*fields) for fields in _TEMPLATE.iter_unpack(data))
+
+
+def _template(
+    destination: bytes,
+    spi: bytes,
+    proto: int,
+    family: int,
+    source: bytes,
+    reqid: int,
+    mode: int,
+    share: int,
+    optional: int,
+    auth_algorithms: int,
+    encryption_algorithms: int,
+    compression_algorithms: int,
+) -> Template:
     if mode not in _MODES:
         raise CodecError("template of unknown mode")
     return Template(
@@ -483,23 +567,18 @@ def _template(data: bytes) -> Template:
     )
 
 
-def _algorithm(buffer: Buffer, places: _Places, kind: int) -> Algorithm | None:
-    """``struct xfrm_algo``."""
-    start = _place(places, kind, _ALGORITHM.size)
-    if start is None:
+def _algorithm(parts: _Parts, kind: int) -> Algorithm | None:
+    """``struct xfrm_algo``, or one of xfrm_algo_auth and xfrm_algo_aead, which look the same."""
+    if kind not in parts:
         return None
-    name, key_bits = _ALGORITHM.unpack_from(buffer, start)
-    _need_key(places, kind, _ALGORITHM.size, key_bits)
-    return _interned(name.partition(b"\0")[0], key_bits, 0)
-
-
-def _algorithm_icv(buffer: Buffer, places: _Places, kind: int) -> Algorithm | None:
-    """``struct xfrm_algo_auth`` and ``struct xfrm_algo_aead``, which look the same."""
-    start = _place(places, kind, _ALGORITHM_ICV.size)
-    if start is None:
-        return None
-    name, key_bits, icv_bits = _ALGORITHM_ICV.unpack_from(buffer, start)
-    _need_key(places, kind, _ALGORITHM_ICV.size, key_bits)
+    size, header = parts[kind]
+    icv_bits = 0
+    if len(header) == _ALGORITHM.size:
+        name, key_bits = _ALGORITHM.unpack(header)
+    else:
+        name, key_bits, icv_bits = _ALGORITHM_ICV.unpack(header)
+    if size < len(header) + (key_bits + 7) // 8:
+        raise CodecError(f"attribute {kind} is shorter than the key length it gives")
     return _interned(name.partition(b"\0")[0], key_bits, icv_bits)
 
 
@@ -514,11 +593,10 @@ def _interned(name: bytes, key_bits: int, icv_bits: int) -> Algorithm:
     return Algorithm(text, key_bits, icv_bits)
 
 
-def _encapsulation(buffer: Buffer, places: _Places, family: int) -> Encapsulation | None:
-    start = _place(places, _ENCAP, _ENCAPSULATION.size)
-    if start is None:
+def _encapsulation(parts: _Parts, family: int) -> Encapsulation | None:
+    if _ENCAP not in parts:
         return None
-    kind, source_port, destination_port, original = _ENCAPSULATION.unpack_from(buffer, start)
+    kind, source_port, destination_port, original = _ENCAPSULATION.unpack(parts.pop(_ENCAP)[1])
     return Encapsulation(
         kind,
         int.from_bytes(source_port),
@@ -527,59 +605,53 @@ def _encapsulation(buffer: Buffer, places: _Places, family: int) -> Encapsulatio
     )
 
 
-def _direction(buffer: Buffer, places: _Places) -> Direction | None:
-    start = _place(places, _SA_DIR, 1)
-    if start is None:
+def _direction(parts: _Parts) -> Direction | None:
+    if _SA_DIR not in parts:
         return None
     try:
-        return _SA_DIRECTIONS[buffer[start]]
+        return _SA_DIRECTIONS[parts[_SA_DIR][1][0]]
     except KeyError:
         raise CodecError("SA of unknown direction") from None
 
 
-def _set_mark(buffer: Buffer, places: _Places) -> Mark | None:
-    if _SET_MARK not in places:
+def _set_mark(parts: _Parts) -> Mark | None:
+    if _SET_MARK not in parts:
         return None
     # Kernels without the mask (before 4.19) set the whole mark.
-    return Mark(_u32(buffer, places, _SET_MARK), _u32(buffer, places, _SET_MARK_MASK, 0xFFFFFFFF))
+    return Mark(_u32(parts, _SET_MARK), _u32(parts, _SET_MARK_MASK, 0xFFFFFFFF))
 
 
-def _offload(buffer: Buffer, places: _Places) -> Offload | None:
-    start = _place(places, _OFFLOAD_DEV, _OFFLOAD.size)
-    if start is None:
+def _offload(parts: _Parts) -> Offload | None:
+    if _OFFLOAD_DEV not in parts:
         return None
-    ifindex, flags = _OFFLOAD.unpack_from(buffer, start)
+    ifindex, flags = _OFFLOAD.unpack(parts[_OFFLOAD_DEV][1])
     return Offload(ifindex, bool(flags & _OFFLOAD_INBOUND), bool(flags & _OFFLOAD_PACKET))
 
 
-def _context(buffer: Buffer, places: _Places) -> bytes:
-    start = _place(places, _SEC_CTX, _CONTEXT.size)
-    if start is None:
-        return b""
-    _, _, size = _CONTEXT.unpack_from(buffer, start)
-    start += _CONTEXT.size
-    _need(start, places[_SEC_CTX][1], size, "XFRMA_SEC_CTX")
-    return bytes(buffer[start : start + size]).rstrip(b"\0")
+def _context(data: bytes) -> bytes:
+    _need(0, len(data), _CONTEXT.size, f"attribute {_SEC_CTX}")
+    _, _, size = _CONTEXT.unpack_from(data)
+    _need(_CONTEXT.size, len(data), size, "XFRMA_SEC_CTX")
+    return data[_CONTEXT.size : _CONTEXT.size + size].rstrip(b"\0")
 
 
-def _policy_type(buffer: Buffer, places: _Places) -> int:
-    start = _place(places, _POLICY_TYPE, 1)
-    return 0 if start is None else buffer[start]
+def _policy_type(parts: _Parts) -> int:
+    return parts[_POLICY_TYPE][1][0] if _POLICY_TYPE in parts else 0
 
 
-def _mark(buffer: Buffer, places: _Places) -> Mark:
-    start = _place(places, _MARK, _MARK_PAIR.size)
-    return _NO_MARK if start is None else Mark(*_MARK_PAIR.unpack_from(buffer, start))
+def _mark(parts: _Parts) -> Mark:
+    return Mark._make(_MARK_PAIR.unpack(parts.pop(_MARK)[1])) if _MARK in parts else _NO_MARK
 
 
-def _u32(buffer: Buffer, places: _Places, kind: int, absent: int = 0) -> int:
-    start = _place(places, kind, _U32.size)
-    if start is None:
+def _u32(parts: _Parts, kind: int, absent: int = 0) -> int:
+    if kind not in parts:
         return absent
-    (value,) = _U32.unpack_from(buffer, start)
+    (value,) = _U32.unpack(parts.pop(kind)[1])
     return int(value)
 
 
+# One end is mostly this host.
+@lru_cache(maxsize=1024)
 def _address(field: bytes, family: int) -> bytes:
     if family == _AF_INET:
         return field[:4]
@@ -588,27 +660,22 @@ def _address(field: bytes, family: int) -> bytes:
     raise CodecError("address of unknown family")
 
 
-def _places(buffer: Buffer, start: int, end: int) -> _Places:
-    return {kind: (place, stop) for kind, place, stop in attributes(buffer, start, end)}
-
-
-def _place(places: _Places, kind: int, size: int) -> int | None:
-    """Where an attribute's payload starts, None without one. Raises CodecError if it is short."""
-    place = places.get(kind)
-    if place is None:
-        return None
-    start, end = place
-    if end - start < size:
-        raise CodecError(f"attribute {kind} has {end - start} bytes, {size} expected")
-    return start
+def _parts(buffer: Buffer, start: int, end: int, cuts: _Cuts) -> _Parts:
+    """Cut out what is looked at. Raises CodecError for an attribute that is too short for it."""
+    parts: _Parts = {}
+    for kind, place, stop in attributes(buffer, start, end):
+        if kind in cuts:
+            cut, size = cuts[kind], stop - place
+            if cut is None:
+                data = bytes(buffer[place:stop])
+            elif size < cut.size:
+                raise CodecError(f"attribute {kind} has {size} bytes, {cut.size} expected")
+            else:
+                (data,) = cut.unpack_from(buffer, place)
+            parts[kind] = size, data
+    return parts
 
 
 def _need(start: int, end: int, size: int, what: str) -> None:
     if end - start < size:
         raise CodecError(f"{what} has {end - start} bytes, {size} expected")
-
-
-def _need_key(places: _Places, kind: int, header: int, bits: int) -> None:
-    start, end = places[kind]
-    if end - start < header + (bits + 7) // 8:
-        raise CodecError(f"attribute {kind} is shorter than the key length it gives")

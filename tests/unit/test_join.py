@@ -42,7 +42,7 @@ class Bench:
     def add(self, sa):
         self.now += 0.01
         self.mirror.apply(SAAdded(sa), self.now)
-        return self.mirror.sad._records[sa.key]
+        return self.mirror.sad.get(sa.key)
 
     def remove(self, sa) -> None:
         self.now += 0.01
@@ -377,6 +377,6 @@ def test_what_is_doubted_is_remembered_within_bounds(monkeypatch):
     for number in (1, 2):
         bench.say("child-updown", up(ike(number), child(number)))
     for spi in (SPI, SPI + 1):
-        bench.ask(bench.mirror.sad._records[of(spi).key])
+        bench.ask(bench.mirror.sad.get(of(spi).key))
     assert bench.join.doubtful == {1, 2}
     assert len(bench.join._doubted) == 1
