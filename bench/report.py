@@ -104,8 +104,70 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def rows(part: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each row with its cell."""
-    for cell in part:
-        for row in cell["rows"]:
-            yield cell, row
+def filled(page: str, found: dict[str, Any]) -> str:
+    """The page with these results in the place of those that it had."""
+    head, _, rest = page.partition(_BEGIN)
+    _, _, tail = rest.partition(_END)
+    text = "\n".join(_markdown(found))
+    return f"{head}{_BEGIN}\n\n{text}\n{_END}{tail}"
+
+
+_BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
+
+
+def _markdown(found: dict[str, Any]) -> Iterator[str]:
+    yield f"Measured on {described(found['machine'])}."
+    for name, title in (
+        ("saturated", "UDP receive, saturated: CPU per datagram"),
+        ("paced", "UDP receive, 20 000 a second: CPU per datagram"),
+        ("echo", "Echo of 64 bytes, one at a time: round trip"),
+        ("sending", "Sending: CPU per datagram"),
+        ("accepting", "TCP: CPU per accepted connection"),
+    ):
+        cells = found.get(name, [])
+        if not cells:
+            continue
+        yield f"\n### {title}\n"
+        labels = [_label(cell) for cell in cells]
+        if name == "accepting":
+            yield "| | µs | quartiles | × stock |\n|---|---|---|---|"
+            for cell in cells:
+                for row in cell["rows"]:
+                    yield f"| {row['variant']} | {_cost(row)} | {row['times']['median']:.2f} |"
+                extra = cell["extra"]
+                yield (
+                    f"| **{cell['loop']}: the token** | {extra['median'] / 1000:.1f} "
+                    f"| {extra['low'] / 1000:.1f}–{extra['high'] / 1000:.1f} | |"
+                )
+            continue
+        yield "| µs (× uvloop stock) | " + " | ".join(labels) + " |"
+        yield "|---" * (len(cells) + 1) + "|"
+        for index, row in enumerate(cells[0]["rows"]):
+            shown = [_cell(cell["rows"][index]) for cell in cells]
+            yield f"| {row['variant']} | " + " | ".join(shown) + " |"
+    memory = found.get("memory")
+    if memory:
+        yield (
+            f"\n### Memory\n\n{memory['bytes_per_peer']:.0f} bytes per peer of one endpoint, "
+            f"with {memory['peers']} protected peers, each with a token of its own."
+        )
+
+
+def _label(cell: dict[str, Any]) -> str:
+    if "percentile" in cell:
+        return f"p{cell['percentile']}"
+    peers = f", {cell['peers']} peer{'s' * (cell['peers'] > 1)}" if "peers" in cell else ""
+    return f"{cell['size']} bytes{peers}"
+
+
+def _cost(row: dict[str, Any]) -> str:
+    cost = row["cost"]
+    return f"{cost['median'] / 1000:.1f} | {cost['low'] / 1000:.1f}–{cost['high'] / 1000:.1f}"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    cost, times = row["cost"], row["times"]
+    return (
+        f"{cost['median'] / 1000:.2f} (**{times['median']:.2f}**, "
+        f"{times['low']:.2f}–{times['high']:.2f})"
+    )

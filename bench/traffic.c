@@ -6,7 +6,7 @@
  *   fill PORT SIZE COUNT     send COUNT datagrams to 127.0.0.1, peer by peer
  *   pace PORT SIZE COUNT HZ  the same, at a steady rate
  *   echo PORT SIZE COUNT     send one, wait for it to come back, COUNT times; answers p50 and p99
- *   visit PORT COUNT         send one datagram from each of COUNT addresses
+ *   visit PORT FIRST COUNT   send one datagram from each of COUNT addresses
  *   connect PORT COUNT       open COUNT TCP connections
  *   drop                     close them
  *
@@ -162,11 +162,11 @@ static void echo(int port, int size, long count)
     free(times);
 }
 
-static void visit(int port, long count)
+static void visit(int port, long first, long count)
 {
     struct sockaddr_in to = here(port);
 
-    for (long i = 0; i < count; i++) {
+    for (long i = first; i < first + count; i++) {
         int fd = open_peer((127u << 24 | 64 << 16) + i, FIRST_SPI);
         if (sendto(fd, data, 16, 0, (struct sockaddr *)&to, sizeof to) < 0)
             fail("send");
@@ -223,7 +223,7 @@ int main(void)
         else if (!strcmp(verb, "pace"))
             pace(a, b, c, d);
         else if (!strcmp(verb, "visit"))
-            visit(a, b);
+            visit(a, b, c);
         else if (!strcmp(verb, "connect"))
             open_connections(a, b);
         else if (!strcmp(verb, "drop"))

@@ -147,8 +147,8 @@ class _Peers:
         times.sort()
         return f"{times[count // 2]} {times[count * 99 // 100]}"
 
-    def visit(self, port: int, count: int) -> None:
-        for index in range(count):
+    def visit(self, port: int, first: int, count: int) -> None:
+        for index in range(first, first + count):
             host = socket.inet_ntoa(((127 << 24 | 64 << 16) + index).to_bytes(4, "big"))
             with self._open(host, FIRST_SPI) as sock:
                 sock.sendto(b"x" * 16, ("127.0.0.1", port))

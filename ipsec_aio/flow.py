@@ -42,7 +42,7 @@ def pack_address(text: str) -> bytes:
     except ValueError:
         packed = b""
     # ipaddress takes 10 µs, and each connection and each new peer comes this way.
-    if len(packed) == 4 and "%d.%d.%d.%d" % tuple(packed) == text:
+    if len(packed) == 4 and ".".join(map(str, packed)) == text:
         return packed
     return _pack(text)
 
