@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from typing import TypeVar
 
 from .enums import Direction, PolicyAction
@@ -64,6 +65,7 @@ _IPSEC_PROTO_ANY = 255
 _IPSEC_PROTOS = (IPPROTO_ESP, IPPROTO_AH, IPPROTO_COMP)
 _ALLOWED = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
 _T = TypeVar("_T", SA, Template)
+_lasting = attrgetter(*(f.name for f in fields(SA) if f.name not in ("usage", "lifetime")))
 
 
 class _Tables:
@@ -398,4 +400,4 @@ def _moved(event: SAMigrated, item: _T) -> _T:
 
 def _same(one: SA, other: SA) -> bool:
     """Whether two SAs of one key protect alike: counters and lifetimes do not count."""
-    return one == other or one == replace(other, usage=one.usage, lifetime=one.lifetime)
+    return _lasting(one) == _lasting(other)

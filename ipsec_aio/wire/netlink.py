@@ -72,6 +72,7 @@ def messages(buffer: Buffer, length: int) -> Iterator[Message]:
 
     Raises CodecError, after the messages before, where a header is cut or its length is wrong.
     """
+    make = Message._make  # several times faster than the class
     offset = 0
     while offset < length:
         if length - offset < _HEADER.size:
@@ -79,7 +80,7 @@ def messages(buffer: Buffer, length: int) -> Iterator[Message]:
         size, kind, flags, sequence, port = _HEADER.unpack_from(buffer, offset)
         if not _HEADER.size <= size <= length - offset:
             raise CodecError(f"netlink message of {size} bytes with {length - offset} received")
-        yield Message(kind, flags, sequence, port, offset + _HEADER.size, offset + size)
+        yield make((kind, flags, sequence, port, offset + _HEADER.size, offset + size))
         offset += size + 3 & ~3
 
 

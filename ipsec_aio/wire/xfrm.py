@@ -551,20 +551,25 @@ def _template(
 ) -> Template:
     if mode not in _MODES:
         raise CodecError("template of unknown mode")
-    return Template(
-        proto=proto,
-        mode=_MODES[mode],
-        source=_address(source, family),
-        destination=_address(destination, family),
-        spi=int.from_bytes(spi),
-        reqid=reqid,
-        family=family,
-        optional=bool(optional),
-        share=share,
-        auth_algorithms=auth_algorithms,
-        encryption_algorithms=encryption_algorithms,
-        compression_algorithms=compression_algorithms,
-    )
+    template: Any = _UnfrozenTemplate()
+    template.proto = proto
+    template.mode = _MODES[mode]
+    template.source = _address(source, family)
+    template.destination = _address(destination, family)
+    template.spi = int.from_bytes(spi)
+    template.reqid = reqid
+    template.family = family
+    template.optional = bool(optional)
+    template.share = share
+    template.auth_algorithms = auth_algorithms
+    template.encryption_algorithms = encryption_algorithms
+    template.compression_algorithms = compression_algorithms
+    template.__class__ = Template
+    return cast("Template", template)
+
+
+class _UnfrozenTemplate:
+    __slots__ = Template.__slots__
 
 
 def _algorithm(parts: _Parts, kind: int) -> Algorithm | None:
