@@ -128,7 +128,6 @@ def _markdown(found: dict[str, Any]) -> Iterator[str]:
         if not cells:
             continue
         yield f"\n### {title}\n"
-        labels = [_label(cell) for cell in cells]
         if name == "accepting":
             yield "| | µs | quartiles | × stock |\n|---|---|---|---|"
             for cell in cells:
@@ -140,7 +139,7 @@ def _markdown(found: dict[str, Any]) -> Iterator[str]:
                     f"| {extra['low'] / 1000:.1f}–{extra['high'] / 1000:.1f} | |"
                 )
             continue
-        yield "| µs (× uvloop stock) | " + " | ".join(labels) + " |"
+        yield "| µs (× uvloop stock) | " + " | ".join(map(_label, cells)) + " |"
         yield "|---" * (len(cells) + 1) + "|"
         for index, row in enumerate(cells[0]["rows"]):
             shown = [_cell(cell["rows"][index]) for cell in cells]
