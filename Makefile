@@ -49,7 +49,7 @@ else
 endif
 
 lab: .venv/ready .lab/ready
-	$(LAB) --limit 1800 -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
+	$(LAB) --limit 3600 -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
 
 docs: .venv/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
