@@ -24,6 +24,7 @@ __all__ = [
     "SO_RCVBUFFORCE",
     "SO_RCVMARK",
     "clear_policies",
+    "has_key_manager",
     "is_listening",
     "is_v6only",
     "netns_cookie",
@@ -88,6 +89,25 @@ def is_listening(sock: socket.socket) -> bool:
 def is_v6only(sock: socket.socket) -> bool:
     """Say whether an IPv6 socket keeps IPv4-mapped traffic out. Raises OSError for a closed one."""
     return bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+
+
+def has_key_manager() -> bool:
+    """Say whether anybody here would hear that the kernel wants an SA (XFRMNLGRP_ACQUIRE, PF_KEY).
+
+    It looks at the network namespace of the calling thread (/proc/net/netlink, /proc/net/pfkey).
+    """
+    try:
+        with open("/proc/thread-self/net/pfkey") as lines:
+            if len(lines.readlines()) > 1:
+                return True
+    except OSError:
+        pass
+    try:
+        with open("/proc/thread-self/net/netlink") as lines:
+            rows = [line.split() for line in lines]
+    except OSError:
+        return True  # nobody knows
+    return any(row[1] == "6" and int(row[3], 16) & 1 for row in rows[1:])
 
 
 def set_policy(sock: socket.socket, policy: bytes) -> None:

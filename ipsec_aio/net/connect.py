@@ -6,6 +6,8 @@ Rules:
   that protect what goes there. Without one, the error comes at once, and nothing is sent.
 * A socket of ours gets its own policies before it is connected. It is made and connected here,
   address by address as ``loop.create_connection`` does, then handed to that.
+* A socket's own policy that finds no SA fails connect(2) at once, while the kernel asks for one. So
+  it is tried again for ``NEGOTIATION`` seconds, unless nobody is there who would hear that.
 * What makes several sockets race (``happy_eyeballs_delay``, ``interleave``), or brings a socket,
   is left to the loop: user space enforces then.
 """
@@ -23,6 +25,7 @@ from ipsec_aio.enums import Direction
 from ipsec_aio.errors import BackendError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_TCP
 from ipsec_aio.flow import pack_address
+from ipsec_aio.kernel.sockopts import has_key_manager
 
 from .enforce import KERNEL, UNSPECIFIED, USER, Enforcement, Where, enforcement_for
 
@@ -32,7 +35,12 @@ if TYPE_CHECKING:
 
     Info = tuple[int, int, int, str, Any]
 
-__all__ = ["connect_protected"]
+__all__ = ["NEGOTIATION", "connect_protected"]
+
+NEGOTIATION = 30.0
+"""Seconds that an SA may take, as long as the kernel waits itself (net.core.xfrm_acq_expires)."""
+_FIRST_DELAY = 0.01
+_LONGEST_DELAY = 0.25
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _LEFT_TO_THE_LOOP = ("sock", "happy_eyeballs_delay", "interleave")
@@ -162,11 +170,7 @@ async def _connect(
         sock.setblocking(False)
         enforcement.begin(sock, where, early=True)
         _bind(sock, locals_)
-        found = sock.connect_ex(address)
-        if found == errno.EAGAIN:
-            raise ProtectionError(
-                "encrypted", f"there is no SA to {address[0]}, and nobody to negotiate one"
-            )
+        found = await _begin(loop, sock, address)
         if found == errno.EINPROGRESS:
             found = await _result(loop, sock, address)
         if found:
@@ -176,6 +180,24 @@ async def _connect(
         enforcement.close()
         sock.close()
         raise
+
+
+async def _begin(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: Any) -> int:
+    """Begin to connect as soon as there is an SA; return the error's number."""
+    end = loop.time() + NEGOTIATION
+    delay = _FIRST_DELAY
+    while (found := sock.connect_ex(address)) == errno.EAGAIN:
+        if not has_key_manager():
+            raise ProtectionError(
+                "encrypted", f"there is no SA to {address[0]}, and nobody to negotiate one"
+            )
+        if loop.time() >= end:
+            raise ProtectionError(
+                "encrypted", f"no SA to {address[0]} came of {NEGOTIATION:g} s of negotiating"
+            )
+        await asyncio.sleep(delay)
+        delay = min(2 * delay, _LONGEST_DELAY)
+    return found
 
 
 async def _result(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: Any) -> int:

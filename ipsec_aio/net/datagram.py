@@ -592,7 +592,10 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                     raise refused
                 self._send(data, addr, ptoken)
             except (BlockingIOError, InterruptedError):
-                break
+                if not self._witness.outbound:
+                    break
+                # The socket is ready: it is its policy that finds no SA. As under the SPD, the
+                # datagram is lost while one is negotiated.
             except OSError as exc:
                 self._sent()
                 self._watch_again()

@@ -166,7 +166,9 @@ class _Opened:
             where = Where(pack_address(name[0]), name[1])
             if peer is not None:
                 where = where._replace(peer=pack_address(peer[0]), peer_port=peer[1])
-            self._enforcement.begin(self._sock, where, early=early)
+            self._enforcement.begin(
+                self._sock, where, early=early, inbound_only=early and peer is not None
+            )
 
     def __exit__(self, *_: object) -> None:
         if self._handed_over:
@@ -210,6 +212,8 @@ class _Opened:
         self._address = address
         if address is not None and not allow_broadcast:
             await loop.sock_connect(self._sock, address)
+        if self._enforcement is not None:
+            self._enforcement.connected()
 
     async def cover(self, backend: Backend) -> None:
         """Have the backend cover the local port, where that was not known before."""

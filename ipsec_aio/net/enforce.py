@@ -126,6 +126,7 @@ class Enforcement:
         "_following",
         "_keeper",
         "_kept",
+        "_leaving",
         "_loop",
         "_plan",
         "_policies",
@@ -161,6 +162,7 @@ class Enforcement:
         self._policies: object = None
         self._keeper: _Keeper | None = None
         self._shut = self._kept = False
+        self._leaving = True
         self.template: Template | None = None
         """What all was protected by that was received; None where that is not sure."""
         self.reason = ""
@@ -194,15 +196,20 @@ class Enforcement:
             return  # begin() finds out why
         self._shut = True
 
-    def begin(self, sock: socket.socket, where: Where, *, early: bool) -> None:
+    def begin(
+        self, sock: socket.socket, where: Where, *, early: bool, inbound_only: bool = False
+    ) -> None:
         """Set the policies, or leave it to user space.
 
+        ``inbound_only``: until :meth:`connected` there is none for what leaves, since under one
+        without an SA a datagram socket cannot be connected.
         ``early``: the socket is not bound, listening or connected yet. One that was shut before
         that counts as such. Under ``"kernel"`` raises BackendDenied without CAP_NET_ADMIN,
         BackendUnavailable for a backend or socket of another namespace, ValueError that says what
         stands in the way.
         """
         self._where = where
+        self._leaving = not inbound_only
         early = early or self._shut
         try:
             self._set_up(sock, early)
@@ -239,6 +246,13 @@ class Enforcement:
         self._plan = plan
         self.template = plan.template if early else None
         self._follow(sock)
+
+    def connected(self) -> None:
+        """Set the policy for what leaves, too, where there is one."""
+        if not self._leaving:
+            self._leaving = True
+            self._policies = None
+            self.refresh()
 
     def inherit(self, sock: socket.socket, where: Where) -> Enforcement | None:
         """Return that of a connection that was accepted under this one; None without any."""
@@ -293,7 +307,7 @@ class Enforcement:
         if isinstance(plan, str):
             self._give_up(sock, plan)
             return
-        if plan.outbound is None and not known.outbound:
+        if plan.outbound is None and not known.outbound and self._leaving:
             plan = replace(plan, outbound=old.outbound)
         if plan == old:
             return
@@ -376,6 +390,8 @@ class Enforcement:
                 "the policies for this port name different SAs, and without the stamp nobody "
                 "could tell whose a packet came by"
             )
+        if isinstance(plan, Plan) and not self._leaving:
+            plan = replace(plan, outbound=None)
         return plan, known
 
     def _apply(self, sock: socket.socket, plan: Plan) -> None:

@@ -288,8 +288,12 @@ class Witness:
     @property
     def pinning(self) -> str:
         """``"kernel"`` where it lets nothing out in the clear, else ``"user"``."""
-        own = self._enforcement is not None and self._enforcement.outbound
-        return "kernel" if own else "user"
+        return "kernel" if self.outbound else "user"
+
+    @property
+    def outbound(self) -> bool:
+        """Whether the socket has an outbound policy of its own."""
+        return self._enforcement is not None and self._enforcement.outbound
 
     @property
     def enforced(self) -> str:

@@ -319,6 +319,62 @@ async def test_a_connected_endpoint_is_enforced_for_its_peer(policies: Policies)
     await close(transport)
 
 
+async def test_what_leaves_has_its_policy_once_it_is_connected(
+    policies: Policies, monkeypatch: Any
+) -> None:
+    """Under one without an SA, connecting would fail."""
+    backend = KernelBackend()
+    backend.add_policy(src=OTHER, dst=HOST)
+    backend.add_policy(src=HOST, dst=OTHER, direction="out")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    made = enforce.Enforcement.connected
+
+    def connected(self: Any) -> None:
+        policies.calls.append("connected")
+        made(self)
+
+    monkeypatch.setattr(enforce.Enforcement, "connected", connected)
+    for local in (port, 0):
+        policies.calls.clear()
+        transport, _ = await ipsec_aio.create_datagram_endpoint(
+            Datagrams,
+            local_addr=(HOST, local),
+            remote_addr=(OTHER, 9),
+            backend=backend,
+            require=ENCRYPTED,
+        )
+        before, after = policies.calls[: policies.calls.index("connected")], policies.calls
+        assert "allow out" not in before
+        assert "allow out" in after
+        assert transport.get_extra_info("ipsec_pinning") == "kernel"
+        await close(transport)
+
+
+async def test_what_finds_no_sa_is_lost_and_nothing_spins(
+    policies: Policies, monkeypatch: Any
+) -> None:
+    backend = KernelBackend()
+    backend.add_policy(src=OTHER, dst=HOST)
+    backend.add_policy(src=HOST, dst=OTHER, direction="out")
+    transport, protocol = await ipsec_aio.create_datagram_endpoint(
+        Datagrams, local_addr=(HOST, 0), backend=backend, require=ENCRYPTED
+    )
+
+    def send(*_: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "no SA")
+
+    monkeypatch.setattr(transport, "_send", send)
+    monkeypatch.setattr(transport, "_direct", None)
+    for _ in range(3):
+        transport.sendto(b"lost", (OTHER, 9))
+    assert transport.get_write_buffer_size() > 0
+    await until(lambda: transport.get_write_buffer_size() == 0)
+    assert protocol.log.of("error") == []
+    await close(transport)
+
+
 @contextlib.asynccontextmanager
 async def accepted(backend: Any, **options: Any) -> Any:
     """A server, and a connection of it that is up."""

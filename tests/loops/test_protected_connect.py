@@ -314,9 +314,36 @@ async def test_a_name_without_addresses(policies: Policies, monkeypatch: Any) ->
     )
 
 
+def failing(*answers: int) -> Any:
+    """A connect_ex() that gives these, and then the kernel's own answer."""
+    left = list(answers)
+    made = socket.socket.connect_ex
+
+    def connect_ex(sock: socket.socket, address: Any) -> int:
+        return left.pop(0) if left else made(sock, address)
+
+    return connect_ex
+
+
 async def test_nobody_to_negotiate_is_told_at_once(policies: Policies, monkeypatch: Any) -> None:
-    monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.EAGAIN)
+    monkeypatch.setattr(socket.socket, "connect_ex", failing(errno.EAGAIN))
+    monkeypatch.setattr(connect, "has_key_manager", lambda: False)
     with pytest.raises(ProtectionError, match="nobody to negotiate"):
+        async with connecting(protecting(), HOST, 9):
+            pass
+
+
+async def test_an_sa_may_be_negotiated_meanwhile(policies: Policies, monkeypatch: Any) -> None:
+    monkeypatch.setattr(connect, "has_key_manager", lambda: True)
+    monkeypatch.setattr(socket.socket, "connect_ex", failing(*[errno.EAGAIN] * 3))
+    async with (
+        serving(Plain, RecordingBackend()) as server,
+        connecting(protecting(), HOST, port_of(server)) as transport,
+    ):
+        assert transport.get_extra_info("ptoken").protected
+    monkeypatch.setattr(socket.socket, "connect_ex", failing(*[errno.EAGAIN] * 3))
+    monkeypatch.setattr(connect, "NEGOTIATION", 0.0)
+    with pytest.raises(ProtectionError, match="came of 0 s"):
         async with connecting(protecting(), HOST, 9):
             pass
 

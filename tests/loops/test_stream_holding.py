@@ -304,9 +304,11 @@ def inferred() -> tuple[RecordingBackend, Any]:
     backend, sa = waiting(OTHER, trust_policy=True)
     backend.lose_stamp()
     backend.resolver.is_own = lambda address: False
-    policy = backend.add_policy(src=OTHER, dst=HOST)
+    backend.add_policy(src=OTHER, dst=HOST)
     # It is as old as it has to be for what comes now to have come under it.
-    backend.mirror.spd._entries[policy.key].added -= 60
+    now = backend.clock() + 1.0
+    sooner = backend.clock
+    backend.clock = backend.resolver.clock = lambda: max(now, sooner() + 1.0)
     return backend, sa
 
 
