@@ -357,3 +357,54 @@ async def test_this_machine_s_kernel_sends_nothing_in_clear() -> None:
                 pass
         with pytest.raises(BlockingIOError):
             listener.accept()
+
+
+async def test_what_fails_after_connecting_leaves_nothing(policies: Policies) -> None:
+    def fail() -> Any:
+        raise ZeroDivisionError
+
+    closed = asyncio.Event()
+
+    class Seeing(Plain):
+        def connection_lost(self, exc: Exception | None) -> None:
+            closed.set()
+
+    async with serving(Seeing, RecordingBackend()) as server:
+        with pytest.raises(ZeroDivisionError):
+            await ipsec_aio.create_connection(
+                fail, HOST, port_of(server), backend=protecting(), require=ENCRYPTED
+            )
+        async with asyncio.timeout(5):
+            await closed.wait()
+    server_side = await asyncio.start_server(lambda _, writer: writer.close(), HOST, 0)
+    async with server_side:
+        with pytest.raises((OSError, EOFError)):
+            async with connecting(protecting(), HOST, port_of(server_side), ssl=client_tls()):
+                pass
+
+
+async def test_an_ipv6_socket_gets_policies_of_its_own_family(policies: Policies) -> None:
+    backend = KernelBackend()
+    backend.add_sa(src="::1", dst="::1")
+    backend.add_policy(src="::1", dst="::1")
+    backend.add_policy(src="::1", dst="::1", direction="out")
+    async with (
+        serving(Plain, RecordingBackend(), "::1") as server,
+        connecting(backend, "::1", port_of(server)) as transport,
+    ):
+        policy = policies.on(transport)
+        assert policy is not None
+        assert policy.selector.family == socket.AF_INET6
+        assert transport.get_extra_info("ptoken").assurance is Assurance.ENFORCED
+
+
+@pytest.mark.skipif(not permitted(), reason="socket policies need CAP_NET_ADMIN")
+async def test_this_machine_s_kernel_takes_them_on_ipv6(monkeypatch: Any) -> None:
+    policies = Policies(monkeypatch, real=True)
+    backend = KernelBackend()
+    backend.add_policy(src="::1", dst="::1")
+    server = await ipsec_aio.create_server(
+        Plain, "::1", 0, backend=backend, require=ENCRYPTED, enforce="kernel"
+    )
+    assert policies.templates(server) == (ESP,)
+    server.close()
