@@ -12,7 +12,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 
 import pytest
-from hosts import AH, CBC, GCM, NULL, PATIENCE, Host, Pair, Suite, eventually, protect
+from hosts import (
+    AH,
+    CBC,
+    GCM,
+    NULL,
+    PATIENCE,
+    Host,
+    Pair,
+    Suite,
+    eventually,
+    lenient,
+    protect,
+    refused,
+)
 from packets import udp
 
 import ipsec_aio
@@ -91,23 +104,6 @@ def dual() -> socket.socket:
     return sock
 
 
-def lenient(
-    alice: Host,
-    bob: Host,
-    suite: Suite = GCM,
-    mode: str = "transport",
-    family: int = 4,
-    extra: str = "",
-) -> Pair:
-    """Alice sends protected; bob demands nothing, so what is in clear gets through to him."""
-    pair = protect(
-        alice, bob, suite, mode=mode, family=family, policies=False, reqid=7, extra=extra
-    )
-    pair.demand(alice)
-    bob.ip(pair.policies("add", bob, level="use")[0], pair.policies("add", bob)[1])
-    return pair
-
-
 def assert_exact(token: PToken, pair: Pair, bob: Host) -> None:
     """Compare a token with what ``ip xfrm state`` says of the SA that came in."""
     text = bob.sa(
@@ -172,6 +168,33 @@ async def test_datagrams(
             client.sendto(b"again", (to, PORT))
             assert (await server.next())[2] is token
     assert pair.packets(bob) == 2
+
+
+@asynccontextmanager
+async def accepting(
+    bob: Host, **options
+) -> AsyncIterator[tuple[asyncio.Server, asyncio.Queue[Accepted]]]:
+    accepted: asyncio.Queue[Accepted] = asyncio.Queue()
+
+    class Told(Accepted):
+        def connection_made(self, transport, ptoken):
+            super().connection_made(transport, ptoken)
+            self.first = ptoken
+            accepted.put_nowait(self)
+
+    async with asyncio.timeout(PATIENCE), ipsec_aio.open_backend("xfrm", stamp="install") as b:
+        server = await ipsec_aio.create_server(
+            lambda: Told(asyncio.Queue()), bob.v4, PORT, backend=b, **options
+        )
+        yield server, accepted
+        server.close()
+        await server.wait_closed()
+
+
+async def echo(client: socket.socket, data: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(client, data)
+    assert await loop.sock_recv(client, 100) == data
 
 
 @scenarios
@@ -249,9 +272,12 @@ async def test_a_token_outlives_an_equivalent_rekey(bob: Host, alice: Host, mall
             assert token.privacy_protected is True
 
 
-@pytest.mark.parametrize("end", ["deleted", "flushed", "expired"])
+LIMITS = {"used up": "limit packet-hard 2", "too old": "limit time-use-hard 2"}
+
+
+@pytest.mark.parametrize("end", ["deleted", "flushed", *LIMITS])
 async def test_the_end_of_an_sa(bob: Host, alice: Host, mallory: Host, end: str):
-    pair = lenient(alice, bob, extra="limit packet-hard 2" if end == "expired" else "")
+    pair = lenient(alice, bob, extra=LIMITS.get(end, ""))
     forged = udp(alice.v4, bob.v4, (4000, PORT), b"forged")
     async with receiving() as (_, server):
         with alice.udp(4000) as client:
@@ -268,6 +294,9 @@ async def test_the_end_of_an_sa(bob: Host, alice: Host, mallory: Host, end: str)
                 bob.ip(*pair.states("delete"))
             elif end == "flushed":
                 bob.flush_sas()
+            elif end == "too old":
+                while f"{pair.spi(bob):#010x}" in bob.show("ip", "xfrm", "state"):
+                    assert time.monotonic() < patience, "it never expired"
             else:
                 alice.ip(*pair.states("delete"))
                 pair.extra = ""
@@ -286,6 +315,36 @@ async def test_the_end_of_an_sa(bob: Host, alice: Host, mallory: Host, end: str)
             assert token.assurance is Assurance.EXACT
             assert token.protected
             assert token.sa is None
+
+
+async def test_policies_come_and_go_beside_the_stamp(bob: Host, alice: Host, mallory: Host):
+    """They are nothing to what the stamp proves."""
+    pair = protect(alice, bob)
+    forged = udp(alice.v4, bob.v4, (4000, PORT), b"forged")
+    async with receiving() as (_, server):
+        with alice.udp(4000) as client, mallory.udp() as clear:
+
+            async def arrive() -> PToken:
+                client.sendto(b"hello", (bob.v4, PORT))
+                return (await server.next())[2]
+
+            token = await arrive()
+            assert_exact(token, pair, bob)
+            await refused(bob, lambda: mallory.inject(forged, bob))
+            pair.release(bob)
+            assert await arrive() is token
+            mallory.inject(forged, bob)
+            data, _, other = await server.next()
+            assert data == b"forged"
+            assert_clear(other)
+            pair.release(alice)
+            assert_clear(await arrive())
+            pair.demand()
+            assert await arrive() is token
+            await refused(bob, lambda: mallory.inject(forged, bob))
+            clear.sendto(b"clear", (bob.v4, PORT))
+            assert_clear((await server.next())[2])
+            assert server.arrivals.empty()
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -321,10 +380,75 @@ async def test_policies_without_a_stamp(bob: Host, alice: Host, mallory: Host, t
             assert_clear(await arrive(clear))
 
 
+async def test_streams_while_their_sas_are_rekeyed_and_end(bob: Host, alice: Host, mallory: Host):
+    """Nothing of it tells of the handshake; the stamp keeps out what would be in clear."""
+    pair = lenient(alice, bob)
+    loop = asyncio.get_running_loop()
+    async with accepting(bob) as (_, accepted):
+        with alice.tcp() as client, alice.tcp() as second, alice.tcp() as third:
+            await loop.sock_connect(client, (bob.v4, PORT))
+            stream = await accepted.get()
+            token = stream.first
+            assert_exact(token, pair, bob)
+
+            async def stands() -> None:
+                await echo(client, b"on and on")
+                assert stream.transport.get_extra_info("ptoken") is token
+                assert token.assurance is Assurance.EXACT
+                assert token.protected
+
+            pair.rekey()
+            await stands()
+            pair.retire()
+            await stands()
+            assert_exact(token, pair, bob)
+            await loop.sock_connect(second, (bob.v4, PORT))
+            assert (await accepted.get()).first is token
+            bob.flush_sas()
+            await eventually(lambda: not token.alive)
+            with mallory.tcp() as clear:
+                await loop.sock_connect(clear, (bob.v4, PORT))
+                assert_clear((await accepted.get()).first)
+                await echo(clear, b"hello")
+            bob.ip(*pair.states("add"))
+            await stands()
+            pair.rekey(suite=NULL)
+            pair.retire()
+            await loop.sock_connect(third, (bob.v4, PORT))
+            weaker = (await accepted.get()).first
+            assert weaker is not token
+            assert_exact(weaker, pair, bob)
+
+
+@pytest.mark.parametrize("suite", [NULL, AH], ids=str)
+async def test_streams_that_are_not_private(bob: Host, alice: Host, mallory: Host, suite: Suite):
+    """Integrity is enough for those who ask for integrity, and for nobody else."""
+    pair = lenient(alice, bob, suite)
+    loop = asyncio.get_running_loop()
+    for require, welcome in ((Require(encrypted=True), False), (Require(integrity=True), True)):
+        async with accepting(bob, require=require, enforce="user") as (server, accepted):
+            with alice.tcp() as client, mallory.tcp() as clear:
+                for each in (client, clear):
+                    await loop.sock_connect(each, (bob.v4, PORT))
+                with pytest.raises(ConnectionResetError):
+                    await loop.sock_recv(clear, 100)
+                if welcome:
+                    token = (await accepted.get()).first
+                    assert_exact(token, pair, bob)
+                    assert token.privacy_protected is False
+                    await echo(client, b"hello")
+                else:
+                    with pytest.raises(ConnectionResetError):
+                        await loop.sock_recv(client, 100)
+                assert accepted.empty()
+                stats = server.ipsec_stats
+                assert (stats.received, stats.refused) == (2, 1 if welcome else 2)
+
+
 async def test_clear_datagrams_are_refused(bob: Host, alice: Host, mallory: Host):
     pair = lenient(alice, bob)
     require = Require(encrypted=True)
-    async with receiving(require=require) as (transport, server):
+    async with receiving(require=require, enforce="user") as (transport, server):
         with alice.udp() as client, mallory.udp() as clear:
             clear.sendto(b"clear", (bob.v4, PORT))
             await eventually(lambda: bool(server.refused))
