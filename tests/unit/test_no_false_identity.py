@@ -70,7 +70,7 @@ class Peers(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 100.0
-        self.count = 0
+        self.count = self.ike_spis = 0
         self.kernel: dict[int, tuple[SA, str | None]] = {}
         self.events: list = []
         self.queue: list = []
@@ -178,6 +178,11 @@ class Peers(RuleBasedStateMachine):
         self.count += 1
         return self.count
 
+    def ike_spi(self) -> int:
+        # Random and of 64 bits: a charon that counts anew does not have them again.
+        self.ike_spis += 1
+        return self.ike_spis
+
     def say(self, name, message) -> None:
         if self.there:
             self.words.append((name, message, self.now))
@@ -185,7 +190,7 @@ class Peers(RuleBasedStateMachine):
     @rule(name=NAMES)
     def connect(self, name):
         number = self.number()
-        self.ikes.append(IKE(number, number, name))
+        self.ikes.append(IKE(number, self.ike_spi(), name))
         self.say("ike-updown", up(self.ikes[-1].section))
 
     @precondition(lambda self: self.ikes)
@@ -235,7 +240,7 @@ class Peers(RuleBasedStateMachine):
     @rule(data=st.data())
     def rekey_ike(self, data):
         parent = data.draw(st.sampled_from(self.ikes))
-        old, parent.number, parent.spi = parent.section, self.number(), self.count
+        old, parent.number, parent.spi = parent.section, self.number(), self.ike_spi()
         self.say("ike-rekey", {"conn": {"old": old, "new": parent.section}})
 
     @rule(flush=st.booleans())
