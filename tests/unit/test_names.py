@@ -118,7 +118,7 @@ class TestDomains:
 
     @given(st.text(st.characters(max_codepoint=0x2FFF), min_size=1, max_size=8))
     def test_nothing_beyond_ascii_becomes_ascii(self, label):
-        assume(not label.isascii())
+        assume(not label.isascii() and "." not in label)
         try:
             name = domain(label + ".example")
         except CodecError:
