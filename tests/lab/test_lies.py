@@ -11,15 +11,17 @@ import asyncio
 import socket
 import sys
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 
 import pytest
-from hosts import BARE, COMP, GCM, PATIENCE, Host, protect
-from packets import compressed, udp
+from hosts import BARE, COMP, FAMILIES, GCM, PATIENCE, Host, eventually, lenient, protect, refused
+from packets import compressed, fragments, udp
 
 import ipsec_aio
-from ipsec_aio import Assurance, BackendError
+from ipsec_aio import Assurance, BackendError, Require, truth
 from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.kernel import stamp_table
+from ipsec_aio.kernel.nfnetlink import NftSocket
 from ipsec_aio.kernel.stamp_marks import MarkUsers
 from ipsec_aio.net import listening, witness
 from ipsec_aio.sa import IPPROTO_ESP
@@ -153,6 +155,15 @@ async def test_a_later_rule_that_rewrites_marks(bob: Host, alice: Host, monkeypa
                 pass
 
 
+def assert_worthless(ptoken):
+    """The number that the kernel stamped is known exactly, and proves nothing."""
+    assert ptoken.assurance is Assurance.EXACT
+    assert not ptoken.protected
+    assert ptoken.privacy_protected is ptoken.integrity_protected is False
+    for clauses in ({"encrypted": True}, {"integrity": True}):
+        assert Require(assurance=Assurance.EXACT, **clauses).check(ptoken) is not None
+
+
 @GUARDED
 async def test_ipcomp_under_a_colliding_number(
     bob: Host, alice: Host, mallory: Host, monkeypatch, guarded
@@ -171,19 +182,25 @@ async def test_ipcomp_under_a_colliding_number(
     async with serving((bob.v4, PORT)) as sink:
         mallory.inject(compressed(udp(alice.v4, bob.v4, (4000, PORT), data), spis[0]), bob)
         ptoken = await sink.next(data, alice.v4)
-        assert ptoken.protected is not guarded
+        assert believed(ptoken) is not guarded
         if guarded:
-            assert ptoken.integrity_protected is not True
-            assert ptoken.privacy_protected is not True
+            assert_worthless(ptoken)
+
+
+async def test_ipcomp_alone(bob: Host, alice: Host, mallory: Host):
+    protect(alice, bob, COMP, spis=(0x1F03, 0x1F04), policies=False)
+    data = b"forged " * 20
+    async with serving((bob.v4, PORT)) as sink:
+        mallory.inject(compressed(udp(alice.v4, bob.v4, (4000, PORT), data), 0x1F03), bob)
+        assert_worthless(await sink.next(data, alice.v4))
 
 
 @GUARDED
-async def test_a_reused_spi(bob: Host, alice: Host, carol: Host, monkeypatch, guarded):
+async def test_a_reused_spi(bob: Host, alice: Host, monkeypatch, guarded):
     """What waits in the queue came by an SA without integrity; its number names a better one."""
     pair = protect(alice, bob, BARE, spis=(0x1E01, 0x1E02))
     if not guarded:
-        bury = "ipsec_aio.mirror.TOMBSTONE_SECONDS"
-        monkeypatch.setattr(bury, -1.0)
+        monkeypatch.setattr("ipsec_aio.mirror.TOMBSTONE_SECONDS", -1.0)
     async with serving((bob.v4, PORT)) as sink:
         with alice.udp() as client:
             client.sendto(b"weak", (bob.v4, PORT))
@@ -193,6 +210,86 @@ async def test_a_reused_spi(bob: Host, alice: Host, carol: Host, monkeypatch, gu
         ptoken = await sink.next(b"weak", alice.v4)
         assert believed(ptoken) is not guarded
         assert not (guarded and ptoken.integrity_protected)
+
+
+@pytest.mark.parametrize("guards", ["", "tombstone", "address", "tombstone address"])
+async def test_a_reused_spi_that_moves_to_another_peer(
+    bob: Host, alice: Host, carol: Host, monkeypatch, guards
+):
+    """Two guards: the SA that was is remembered, and the one that is must be from this address."""
+    pair = protect(alice, bob, BARE, spis=(0x1E03, 0x1E04))
+    if "tombstone" not in guards:
+        monkeypatch.setattr("ipsec_aio.mirror.TOMBSTONE_SECONDS", -1.0)
+    if "address" not in guards:
+        monkeypatch.setattr(truth, "fits", lambda sa, evidence: sa.destination == evidence.local)
+    async with serving((bob.v4, PORT)) as sink:
+        with alice.udp() as client, carol.udp() as successor:
+            client.sendto(b"weak", (bob.v4, PORT))
+            assert pair.packets(bob) == 1
+            pair.retire()
+            other = protect(carol, bob, GCM, spis=(0x1E03, 0x1E04))
+            successor.sendto(b"strong", (bob.v4, PORT))
+            assert other.packets(bob) == 1
+            weak = await sink.next(b"weak", alice.v4)
+            assert believed(weak) is (not guards)
+            assert not (guards and weak.integrity_protected)
+            strong = await sink.next(b"strong", carol.v4)
+            assert strong is not weak
+            # Alice's SA may have carried it, for all that its number says.
+            assert believed(strong) is ("tombstone" not in guards)
+
+
+def half_forged(alice, bob, family):
+    """A datagram in two fragments, and what it says."""
+    data = b"good" * 10 + b"evil" * 10
+    ends = alice.address(family, inner=True), bob.address(family, inner=True)
+    return fragments(udp(*ends, (4000, PORT), data), 48), data
+
+
+@GUARDED
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_mixed_fragments(bob: Host, alice: Host, mallory: Host, monkeypatch, family, guarded):
+    pair = lenient(alice, bob, GCM, "tunnel", family)
+    (first, second), data = half_forged(alice, bob, family)
+    to = bob.address(family, inner=True)
+    if not guarded:
+        without(monkeypatch, "FRAGMENTS", f"drop decrypted IPv{family} fragments")
+    async with serving((to, PORT)) as sink:
+        alice.send_packet(first, to)
+        await eventually(lambda: pair.packets(bob) == 1)
+        mallory.inject(second, bob)
+        if guarded:
+            with alice.udp(0, family, inner=True) as client:
+                client.sendto(b"whole", (to, PORT))
+                assert believed(await sink.next(b"whole", pair.address(alice)))
+        else:
+            assert believed(await sink.next(data, pair.address(alice)))
+
+
+@GUARDED
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_mixed_fragments_where_they_are_kept(
+    bob: Host, alice: Host, mallory: Host, monkeypatch, family, guarded
+):
+    """An operator needs them: then what was put together from any is not known."""
+    pair = lenient(alice, bob, GCM, "tunnel", family)
+    (first, second), data = half_forged(alice, bob, family)
+    to = bob.address(family, inner=True)
+    if not guarded:
+        read = witness.parse
+        monkeypatch.setattr(witness, "parse", lambda told: replace(read(told), reassembled=False))
+    with closing(NftSocket()) as netlink:
+        stamp_table.install(netlink, owned=False, keep_fragments=True)
+        async with serving((to, PORT), stamp="use") as sink:
+            alice.send_packet(first, to)
+            await eventually(lambda: pair.packets(bob) == 1)
+            mallory.inject(second, bob)
+            ptoken = await sink.next(data, pair.address(alice))
+            assert believed(ptoken) is not guarded
+            if guarded:
+                assert ptoken.assurance is Assurance.UNKNOWN
+                assert "reassembled" in ptoken.information_string
+        stamp_table.remove(netlink)
 
 
 @GUARDED
@@ -209,7 +306,7 @@ async def test_marked_policies_and_the_stamp(bob: Host, alice: Host, monkeypatch
             async with serving((bob.v4, PORT)):
                 pass
         with bob.udp(PORT) as server, alice.udp() as client:
-            client.sendto(b"clear", (bob.v4, PORT))
+            await refused(bob, lambda: client.sendto(b"clear", (bob.v4, PORT)))
             with pytest.raises(BlockingIOError):
                 server.recv(100)
     else:
@@ -245,7 +342,7 @@ async def test_policies_are_inference(bob: Host, alice: Host, monkeypatch, guard
     pair.demand(bob, selector=f"proto udp dport {PORT}")
     monkeypatch.setattr("ipsec_aio.mirror.POLICY_AGE", 0.0)
     with bob.udp(PORT) as server, alice.udp() as client:
-        client.sendto(b"clear", (bob.v4, PORT))
+        await refused(bob, lambda: client.sendto(b"clear", (bob.v4, PORT)))
         with pytest.raises(BlockingIOError):
             server.recv(100)
     if lie == "disable_policy":
@@ -277,6 +374,14 @@ class Peer(ipsec_aio.Protocol):
 
     def data_received(self, data):
         self.data.put_nowait((data, ipsec_aio.current_ptoken()))
+
+    def eof_received(self):
+        self.data.put_nowait((b"", ipsec_aio.current_ptoken()))
+
+    async def next(self):
+        """Return what comes next (nothing: the end) and its token."""
+        async with asyncio.timeout(PATIENCE):
+            return await self.data.get()
 
 
 @pytest.mark.parametrize("guards", [0, 1, 2])
@@ -312,3 +417,196 @@ async def test_a_marked_listener(bob: Host, alice: Host, monkeypatch, guards):
                 assert not peer.made.done()
         server.close()
         await server.wait_closed()
+
+
+@asynccontextmanager
+async def accepting(bob, peer):
+    """A server that hands its connection to a Peer."""
+    async with ipsec_aio.open_backend("xfrm", stamp="install") as backend:
+        server = await ipsec_aio.create_server(lambda: peer, bob.v4, PORT, backend=backend)
+        yield
+        peer.transport.abort()
+        server.close()
+        await server.wait_closed()
+
+
+def repeats(client):
+    """How often TCP has sent again what it last sent (linux/tcp.h, tcpi_retransmits)."""
+    return client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[2]
+
+
+@GUARDED
+async def test_clear_segments_after_a_flush(bob: Host, alice: Host, monkeypatch, guarded):
+    pair = protect(alice, bob)
+    if not guarded:  # the second drops all data that is clear, where the first is passed
+        without(
+            monkeypatch,
+            "INPUT",
+            "drop clear segments on stamped connections",
+            "drop clear data that would complete a handshake",
+        )
+    peer = Peer()
+    async with accepting(bob, peer):
+        with alice.tcp() as client:
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, (bob.v4, PORT))
+            await loop.sock_sendall(client, b"sealed")
+            assert believed(await asyncio.wait_for(peer.made, PATIENCE))
+            assert (await peer.next())[0] == b"sealed"
+            count = pair.packets(bob)
+            alice.flush_policies()
+            bob.flush_policies()
+            client.send(b"clear")
+            if guarded:
+                await eventually(lambda: repeats(client) > 1)
+                assert peer.data.empty()
+                assert pair.packets(bob) == count
+                pair.demand()  # from here on TCP sends it again under ESP
+            data, ptoken = await peer.next()
+            assert data == b"clear"
+            assert believed(ptoken)
+            assert (pair.packets(bob) > count) is guarded
+
+
+@GUARDED
+async def test_a_clear_end_after_a_flush(bob: Host, alice: Host, monkeypatch, guarded):
+    """A stream that is cut short is a lie, too."""
+    pair = protect(alice, bob)
+    if not guarded:
+        without(monkeypatch, "INPUT", "drop clear segments on stamped connections")
+    peer = Peer()
+    async with accepting(bob, peer):
+        with alice.tcp() as client:
+            await asyncio.get_running_loop().sock_connect(client, (bob.v4, PORT))
+            assert believed(await asyncio.wait_for(peer.made, PATIENCE))
+            count = pair.packets(bob)
+            alice.flush_policies()
+            bob.flush_policies()
+            client.shutdown(socket.SHUT_WR)
+            if guarded:
+                await eventually(lambda: repeats(client) > 1)
+                assert peer.data.empty()
+                pair.demand()
+            assert (await peer.next())[0] == b""
+            assert (pair.packets(bob) > count) is guarded
+
+
+@GUARDED
+async def test_clear_data_that_completes_a_handshake(bob: Host, alice: Host, monkeypatch, guarded):
+    pair = lenient(alice, bob)
+    if not guarded:
+        without(monkeypatch, "INPUT", "drop clear data that would complete a handshake")
+    alice.nft(
+        "table inet hush { chain hush { type filter hook output priority 0;"
+        f" tcp dport {PORT} tcp flags & (syn | ack | psh) == ack drop\n}}\n}}\n"
+    )
+    peer = Peer()
+    async with accepting(bob, peer):
+        with alice.tcp() as client:
+            await asyncio.get_running_loop().sock_connect(client, (bob.v4, PORT))
+            assert pair.packets(bob) == 1
+            alice.flush_policies()
+            client.send(b"clear")
+            if guarded:
+                await eventually(lambda: repeats(client) > 1)
+                assert not peer.made.done()
+                alice.show("nft", "flush", "ruleset")
+                # Bob asks again, and is answered without data.
+                assert believed(await asyncio.wait_for(peer.made, PATIENCE))
+                assert peer.data.empty()
+                pair.demand(alice)
+            data, ptoken = await peer.next()
+            assert data == b"clear"
+            assert believed(ptoken)
+            assert (pair.packets(bob) > 1) is guarded
+
+
+@GUARDED
+async def test_a_listener_of_another_namespace(
+    bob: Host, alice: Host, mallory: Host, monkeypatch, guarded
+):
+    pair = protect(alice, bob)
+    addresses = [f"addr {{}} {address}/32 dev lo" for address in (bob.v4, alice.v4)]
+    mallory.ip(*(line.format("add") for line in addresses))
+    mallory.after(lambda: mallory.ip(*(line.format("del") for line in addresses)))
+    mallory.sysctl("net/ipv4/tcp_fwmark_accept", 1)
+    with mallory:
+        foreign, client = socket.socket(), socket.socket()
+    foreign.bind((bob.v4, PORT))
+    if not guarded:
+        with bob.udp() as own:
+            ours = witness.netns_cookie(own)
+        monkeypatch.setattr(listening, "netns_cookie", lambda sock: ours)
+    peer = Peer()
+    async with ipsec_aio.open_backend("xfrm", stamp="install") as backend:
+        server = await ipsec_aio.create_server(lambda: peer, sock=foreign, backend=backend)
+        with client:
+            client.setblocking(False)
+            mark = mark_of(pair.spi(bob))
+            client.setsockopt(socket.SOL_SOCKET, SO_MARK, mark.to_bytes(4, sys.byteorder))
+            client.bind((alice.v4, 0))
+            await asyncio.get_running_loop().sock_connect(client, (bob.v4, PORT))
+            ptoken = await asyncio.wait_for(peer.made, PATIENCE)
+            assert believed(ptoken) is not guarded
+            if guarded:
+                assert ptoken.assurance is Assurance.UNKNOWN
+                assert "another network namespace" in ptoken.information_string
+            peer.transport.abort()
+        server.close()
+        await server.wait_closed()
+
+
+XFRM_ADDRESS = "10.7.0.1"
+
+
+@pytest.mark.parametrize("guards", [0, 1, 2])
+async def test_a_send_to_the_own_address_of_an_xfrm_interface(
+    bob: Host, alice: Host, monkeypatch, guards
+):
+    """It reports that interface, past the policies. Two guards: interfaces, and own addresses."""
+    pair = protect(alice, bob, mode="tunnel", policies=False)
+    bob.interface("ipsec0", 7)
+    bob.ip(f"addr add {XFRM_ADDRESS}/32 dev ipsec0")
+    bob.ip("xfrm policy add dir in dev ipsec0 tmpl proto esp reqid 1 mode tunnel")
+    monkeypatch.setattr("ipsec_aio.mirror.POLICY_AGE", 0.0)
+    if guards < 2:
+        opaque = property(lambda table: False, lambda table, value: None)
+        monkeypatch.setattr(TruthTable, "opaque_interfaces", opaque, raising=False)
+    if guards < 1:
+        monkeypatch.setattr(XfrmBackend, "_is_own", lambda backend, address: False)
+    async with serving(("0.0.0.0", PORT), stamp="off", trust_policy=True) as sink:
+        with bob, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as local:
+            local.bind((bob.v4, 0))
+            local.sendto(b"clear", (XFRM_ADDRESS, PORT))
+        ptoken = await sink.next(b"clear", bob.v4)
+        assert ptoken.protected is (guards == 0)
+        assert ptoken.assurance is (Assurance.UNKNOWN if guards else Assurance.POLICY)
+        reasons = ("", "what this host sends to itself", "through an xfrm interface")
+        assert reasons[guards] in ptoken.information_string
+    assert pair.packets(bob) == 0
+
+
+@GUARDED
+async def test_an_xfrm_interface_of_another_namespace(
+    bob: Host, alice: Host, carol: Host, monkeypatch, guarded
+):
+    """What carol decrypts for bob reaches him without its security path, as if in clear."""
+    pair = protect(alice, carol, mode="tunnel", policies=False)
+    carol.ip(*pair.states("delete"))
+    pair.extra = "if_id 7"
+    carol.ip(*pair.states("add"))
+    demanded = f"tmpl src {alice.v4} dst {carol.v4} proto esp reqid 1 mode tunnel"
+    alice.ip(f"xfrm policy add dir out src {alice.inner4} dst {bob.inner4} {demanded}")
+    carol.ip("link add ipsec0 type xfrm dev eth0 if_id 7", "link set ipsec0 netns bob")
+    bob.after(lambda: bob.ip("link del ipsec0"))
+    bob.ip("link set ipsec0 up")
+    carol.ip(f"xfrm policy add dir in src {alice.inner4} dst {bob.inner4} if_id 7 {demanded}")
+    if not guarded:
+        opaque = property(lambda table: False, lambda table, value: None)
+        monkeypatch.setattr(TruthTable, "opaque_interfaces", opaque, raising=False)
+    async with serving((bob.inner4, PORT)) as sink:
+        with alice.udp(0, inner=True) as client:
+            client.sendto(b"sealed", (bob.inner4, PORT))
+            ptoken = await sink.next(b"sealed", alice.inner4)
+    assert pair.packets(carol) == 1
+    assert ptoken.assurance is (Assurance.UNKNOWN if guarded else Assurance.NONE)

@@ -366,6 +366,7 @@ async def test_the_stamp_is_lost_under_connections(
     lasting_stamp: None, bob: Host, alice: Host, mallory: Host, mode: str
 ) -> None:
     lenient(alice, bob)
+    bob.sysctl("net/ipv4/tcp_fwmark_accept", 1)
     said: Counter[tuple[bytes, Answer]] = Counter()
     made: list[Lasting] = []
     loop = asyncio.get_running_loop()
@@ -384,10 +385,8 @@ async def test_the_stamp_is_lost_under_connections(
         talking = [
             tasks.create_task(talk(client, b"stay, " + tag, lost.is_set)) for tag, client in clients
         ]
-        connecting = [
-            tasks.create_task(connect(host, bob, tag, 100)) for tag, host in hosts.items()
-        ]
-        await eventually(lambda: all(said[tag, PRIVATE] > 30 for tag in (b"safe", b"stay, safe")))
+        connecting = [tasks.create_task(connect(host, bob, tag, 60)) for tag, host in hosts.items()]
+        await eventually(lambda: all(said[tag, PRIVATE] > 10 for tag in (b"safe", b"stay, safe")))
         lasting = made[: len(clients)]
         await asyncio.to_thread(bob.show, "nft", "delete", "table", "inet", "ipsec_aio")
         await eventually(
@@ -406,8 +405,6 @@ async def test_the_stamp_is_lost_under_connections(
     for (data, told), number in before.items():
         right = PRIVATE if data.endswith(b"safe") else CLEAR
         assert told in (right, IN_DOUBT), (data, told, number)
-    for tag in (b"safe", b"stay, safe", b"stay, clear"):
-        assert before[tag, IN_DOUBT] > 0
     assert said - before == {
         (b"stay after, safe", IN_DOUBT): 4,
         (b"stay after, clear", IN_DOUBT): 4,
