@@ -232,23 +232,29 @@ def spi(mark):
     return int.from_bytes(mark.to_bytes(4, sys.byteorder), "big")
 
 
-@pytest.mark.parametrize("size", [5, 3000])
+CHANNELS = [
+    ("10.0.0.2", 7001, "10.0.0.1", 0x1001),
+    ("10.1.0.2", 7001, "10.1.0.1", 0x1002),
+    ("fd00::2", 7001, "fd00::1", 0x1003),
+    ("fd01::2", 7001, "fd01::1", 0x1004),
+    ("fd00::2", 7006, "fd00::1", 0x1005),
+    ("10.0.0.2", 7006, "10.0.0.1", 0x1006),
+    ("10.0.0.2", 7999, "10.0.0.1", 0),
+    ("fd00::2", 7999, "fd00::1", 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("source", "sport", "target", "expected"),
+    ("source", "sport", "target", "expected", "size"),
     [
-        ("10.0.0.2", 7001, "10.0.0.1", 0x1001),
-        ("10.1.0.2", 7001, "10.1.0.1", 0x1002),
-        ("fd00::2", 7001, "fd00::1", 0x1003),
-        ("fd01::2", 7001, "fd01::1", 0x1004),
-        ("fd00::2", 7006, "fd00::1", 0x1005),
-        ("10.0.0.2", 7006, "10.0.0.1", 0x1006),
-        ("10.0.0.2", 7999, "10.0.0.1", 0),
-        ("fd00::2", 7999, "fd00::1", 0),
+        (*channel, size)
+        for channel in CHANNELS
+        for size in (5, 3000)
+        # Linux fragments inside IPv6 tunnels: that is the next test.
+        if (channel[3], size) != (0x1004, 3000)
     ],
 )
-def test_datagrams_carry_their_spi(stamp, sockets, size, source, sport, target, expected):
-    if (expected, size) == (0x1004, 3000):
-        pytest.skip("Linux fragments inside IPv6 tunnels: see below")
+def test_datagrams_carry_their_spi(stamp, sockets, source, sport, target, expected, size):
     server = udp(sockets, "s", target, PORT)
     client = udp(sockets, "c", source, sport)
     client.sendto(b"x" * size, (target, PORT))
