@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from charon import Charon, connect
 from hosts import GCM, PATIENCE, Host, Pair, Suite, eventually, protect
 
 import ipsec_aio
@@ -342,3 +343,32 @@ async def test_equivalent_rekeys_keep_it(bob: Host, alice: Host) -> None:
         assert echo.transport.get_extra_info("ptoken") is token
         assert token.sas[-1].spi == pair.spi(bob)
     print(f"LATCH {REKEYS} rekeys in {time.monotonic() - begin:.0f} s")
+
+
+async def test_what_ike_does_to_it(bob: Host, alice: Host) -> None:
+    """strongSwan rekeys the child and the IKE SA: nothing breaks. It takes all down: that does,
+    and what alice says next has it all negotiated anew.
+    """
+    pair = Pair(alice, bob, GCM)
+    with Charon(bob) as ours, Charon(alice) as theirs:
+        connect(ours, theirs)
+        theirs.initiate()
+        async with latched(pair, require=Require(encrypted=True)) as (echo, client, token):
+            assert echo.status.held_by == "kernel"
+            first = token.sas[-1].spi
+            await asyncio.to_thread(theirs.rekey)
+            await eventually(lambda: first not in {each.spi for each in token.sas})
+            await ask(client, b"by the second SA")
+            await asyncio.to_thread(theirs.swanctl, "--rekey", "--ike", "net")
+            await ask(client, b"by the second IKE SA")
+            assert echo.said.empty()
+            assert echo.status.breaks == 0
+            assert echo.transport.get_extra_info("ptoken") is token
+
+            await asyncio.to_thread(theirs.terminate)
+            _, reason = await echo.next("broken")
+            assert reason is LatchReason.LOST
+            await asyncio.get_running_loop().sock_sendall(client, b"by a third")
+            await echo.next("restored")
+            assert await answer(client) == b"by a third"
+            assert echo.transport.get_extra_info("ptoken") is token

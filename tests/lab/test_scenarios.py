@@ -24,6 +24,7 @@ from hosts import (
     eventually,
     lenient,
     protect,
+    receive,
     refused,
 )
 from packets import udp
@@ -486,3 +487,16 @@ async def test_outgoing_connections(bob: Host, alice: Host, mallory: Host, trust
             assert token.protected is trust
             assert token.privacy_protected is True
             assert_clear(await connect(mallory))
+
+
+async def test_many_at_once_are_each_protected(bob: Host, alice: Host):
+    """The kernel cuts no runs from one buffer where IPsec takes over: each goes by itself."""
+    pair = protect(alice, bob)
+    datagrams = [b"%3d" % number * 100 for number in range(100)]
+    async with receiving(require=Require(encrypted=True)) as (transport, protocol):
+        with alice.udp() as client:
+            client.sendto(b"more", (bob.v4, PORT))
+            await protocol.next()
+            transport.sendto_many(datagrams, client.getsockname())
+            assert [(await receive(client))[0] for _ in datagrams] == datagrams
+    assert pair.packets(alice) == len(datagrams)
