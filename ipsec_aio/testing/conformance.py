@@ -26,7 +26,7 @@ import pytest
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendUnavailable
 from ipsec_aio.evidence import IPPROTO_UDP, Evidence
-from ipsec_aio.flow import pack_address
+from ipsec_aio.flow import Flow, pack_address
 from ipsec_aio.tokens import PENDING_SECONDS
 
 if TYPE_CHECKING:
@@ -293,6 +293,24 @@ class BackendConformance(Arrivals):
         assert token.assurance is Assurance.NONE
         token = await self._arrive(bench, 0, bench.other, stamped=False)
         assert token.assurance is Assurance.POLICY
+
+    async def test_a_reply_is_sent_alike_or_not_at_all(self, bench: Bench) -> None:
+        await self._sa(bench, 0x1001, reqid=7)
+        await bench.add_sa(src=bench.local, dst=bench.peer, spi=0x2001, reqid=7, aead=GCM)
+        await bench.add_policy(src=bench.local, dst=bench.peer, direction="out", reqid=7)
+        token = await self._arrive(bench, 0x1001)
+        local, peer, other = map(pack_address, (bench.local, bench.peer, bench.other))
+
+        def refused(destination: bytes) -> bool:
+            bench.backend.drain()
+            flow = Flow(local, destination, IPPROTO_UDP, PORT, 40000)
+            return bench.backend.sends_like(token, flow) is not None
+
+        assert not refused(peer)
+        assert refused(other)
+        await bench.delete_policy(src=bench.local, dst=bench.peer, direction="out")
+        await bench.add_policy(src=bench.local, dst=bench.peer, direction="out", proto=None)
+        assert refused(peer)
 
     async def test_lost_events_make_everything_unknown_until_it_recovers(
         self, bench: Bench
