@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import socket
 import struct
+from asyncio.trsock import TransportSocket
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
 
 __all__ = [
     "IPPROTO_MPTCP",
@@ -24,9 +27,11 @@ __all__ = [
     "SO_RCVBUFFORCE",
     "SO_RCVMARK",
     "clear_policies",
+    "examine",
     "has_key_manager",
     "is_listening",
     "is_v6only",
+    "mark_and_cookie",
     "netns_cookie",
     "protocol_of",
     "read_mark",
@@ -53,19 +58,45 @@ IPV6_RECVFRAGSIZE = 77
 IPPROTO_MPTCP = 262
 
 _U64 = struct.Struct("=Q")
+_T = TypeVar("_T")
 
 
-def netns_cookie(sock: socket.socket) -> int | None:
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+def examine(sock: _HasFileno, question: Callable[[socket.SocketType], _T]) -> _T:
+    """Call ``question`` with an object that answers for a socket, each time by one system call.
+
+    uvloop's stand-ins for sockets make a socket object for each question; here one is made for
+    all of them, and detached, since the descriptor is the loop's. Raises OSError or ValueError for
+    a closed socket.
+    """
+    if isinstance(sock, socket.SocketType | TransportSocket):
+        return question(cast("socket.SocketType", sock))
+    made = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, sock.fileno())
+    try:
+        return question(made)
+    finally:
+        made.detach()
+
+
+def mark_and_cookie(sock: socket.SocketType) -> tuple[int | None, int | None]:
+    """Return what :func:`read_mark` and :func:`socket_cookie` do: a question to ``examine``."""
+    return read_mark(sock), socket_cookie(sock)
+
+
+def netns_cookie(sock: socket.SocketType) -> int | None:
     """Return the cookie of the network namespace a socket lives in, None before Linux 5.14."""
     return _read_u64(sock, SO_NETNS_COOKIE)
 
 
-def socket_cookie(sock: socket.socket) -> int | None:
+def socket_cookie(sock: socket.SocketType) -> int | None:
     """Return the kernel's number of a socket, never used twice; None where it has none."""
     return _read_u64(sock, SO_COOKIE)
 
 
-def read_mark(sock: socket.socket) -> int | None:
+def read_mark(sock: socket.SocketType) -> int | None:
     """Return SO_MARK as the host's unsigned number; None where the socket has no such option."""
     try:
         return sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
@@ -168,7 +199,7 @@ def _enable(sock: socket.socket, level: int, option: int) -> bool:
     return True
 
 
-def _read_u64(sock: socket.socket, option: int) -> int | None:
+def _read_u64(sock: socket.SocketType, option: int) -> int | None:
     try:
         (value,) = _U64.unpack(sock.getsockopt(socket.SOL_SOCKET, option, _U64.size))
     except (OSError, struct.error):

@@ -23,7 +23,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import Context
@@ -34,7 +33,8 @@ from weakref import WeakSet, WeakValueDictionary, ref
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_TCP, Evidence
-from ipsec_aio.flow import pack_address
+from ipsec_aio.flow import unmap
+from ipsec_aio.kernel.sockopts import examine, mark_and_cookie
 
 from . import registry
 from .context import TokenCell
@@ -55,123 +55,153 @@ if TYPE_CHECKING:
 __all__ = ["Connection", "Judge"]
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_NO_CONTEXT = Context()
 _judges: WeakValueDictionary[tuple[int, int], Judge] = WeakValueDictionary()
 
 
-class Connection(TokenCell):
-    """One stream: the cell that its contexts share, with the evidence behind it.
+class Connection:
+    """One stream: its token, and the evidence behind it.
+
+    Its contexts share ``cell`` and hold nothing else of it, so that it goes at once when its
+    transport does.
 
     ``listeners``, by port, are those of the server that accepts it; None for an outgoing one. It
     keeps its listener's port registered until it is closed or nobody holds it any more.
-    ``enforcement`` is an outgoing one's; an accepted one gets its listener's.
+    ``enforcement`` is an outgoing one's; an accepted one gets its listener's. ``shared``: the loop
+    uses one context for several connections.
     """
 
     __slots__ = (
+        "__weakref__",
         "_ceiling",
-        "_context",
+        "_cookie",
         "_judge",
         "_listener",
         "_listeners",
         "_transport",
+        "cell",
+        "context",
         "enforcement",
         "evidence",
         "extra",
         "guard",
+        "shared",
     )
 
     def __init__(
         self,
         judge: Judge,
         listeners: Mapping[int, Listener] | None,
-        enforcement: Enforcement | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
-        super().__init__()
-        self.enforcement = enforcement
+        self.cell = TokenCell()
+        self.enforcement: Enforcement | None = None
         self._judge = judge
         self._listeners = listeners
         self._listener: Listener | None = None
+        self._cookie: int | None = None
         self._ceiling = Assurance.UNKNOWN
         self._transport: Callable[[], asyncio.BaseTransport | None] = _nothing
-        self._context: Context | None = None
+        self.context = _NO_CONTEXT
+        """The context that callbacks belong in."""
+        self.shared = shared
         self.guard: Guard | None = None
         """What follows its latch; None where it is not latched."""
-        self.evidence = _nowhere("not connected yet")
+        self.evidence = _NOT_CONNECTED
         self.extra: MutableMapping[str, Any] | None = None
         """A transport's own extra information, where ``"ptoken"`` is looked up."""
 
     def __del__(self) -> None:
         self.close()
+        self._judge.connections.pop(id(self), None)
+        if self._cookie is not None:
+            registry.forget(self._cookie)
 
     def made(self, transport: asyncio.BaseTransport) -> PToken:
         """Read the evidence of a connection that was made just now, and return its token."""
-        sock: socket.socket | None = transport.get_extra_info("socket")
-        local = transport.get_extra_info("sockname")
-        peer = transport.get_extra_info("peername")
         judge = self._judge
-        if sock is None or sock.family not in _IP_FAMILIES or not local or not peer:
-            self.evidence = _nowhere("not an IP socket")
-        else:
-            self.evidence = self._read(sock, local, peer)
+        evidence = self.evidence = self._read(transport)
         judge.drain()
-        token = self.ptoken = judge.resolve(self.evidence)
-        self._ceiling = token.assurance
-        if not self.evidence.doubt and not self.evidence.generation:
-            judge.inferred.add(self)
-        if sock is not None:
-            with contextlib.suppress(OSError, ValueError):
-                registry.remember(sock, self)
+        token = self.cell.ptoken = judge.resolve(evidence)
+        if not evidence.doubt:
+            judge.connections[id(self)] = ref(self)
+            if not evidence.generation:
+                self._ceiling = token.assurance
         return token
+
+    @property
+    def ptoken(self) -> PToken | None:
+        """Its token of the moment; None before it was made."""
+        return self.cell.ptoken
 
     @property
     def enforced(self) -> str:
         """``"kernel"`` or ``"user"``: where its requirement is enforced."""
         return "user" if self.enforcement is None else self.enforcement.place
 
-    def _read(self, sock: socket.socket, local: Any, peer: Any) -> Evidence:
-        mark, generation, doubt = None, 0, ""
+    def _read(self, transport: asyncio.BaseTransport) -> Evidence:
+        sock: socket.socket | None = transport.get_extra_info("socket")
+        local = transport.get_extra_info("sockname")
+        peer = transport.get_extra_info("peername")
+        if sock is None or not local or not peer:
+            return _nowhere("not an IP socket")
+        try:
+            mark, cookie = examine(sock, mark_and_cookie)
+        except (OSError, ValueError) as error:
+            return _nowhere(f"the socket cannot be examined: {error}")
+        if cookie is not None:
+            self._cookie = cookie
+            registry.remember(cookie, self.cell)
+        listener = None if self._listeners is None else self._listeners.get(local[1])
+        # Ports of IP sockets alone have listeners.
+        if listener is None and sock.family not in _IP_FAMILIES:
+            return _nowhere("not an IP socket")
+        here, there = _packed(local), _packed(peer)
+        generation = 0
         enforcement = self.enforcement
-        if self._listeners is None:
-            doubt = unfitness(sock, self._judge.backend)
-        elif (listener := self._listeners.get(local[1])) is None:
-            doubt = "no listener of ours has this port"
-        else:
-            mark, generation, doubt = listener.read(sock)
+        if listener is not None:
+            mark, generation, doubt = listener.read(mark)
             self._listener = listener
             listener.hold()
-            if generation and not doubt:
-                listener.stamped.add(self)
-            enforcement = listener.enforcement_of(sock, pack_address(local[0]))
+            enforcement = listener.enforcement_of(sock, here)
+        else:
+            mark = None
+            if self._listeners is None:
+                doubt = unfitness(sock, self._judge.backend)
+            else:
+                doubt = "no listener of ours has this port"
+        if enforcement is None:
+            return Evidence(
+                IPPROTO_TCP, here, local[1], there, peer[1], mark, generation, doubt=doubt
+            )
         evidence = Evidence(
             IPPROTO_TCP,
-            pack_address(local[0]),
+            here,
             local[1],
-            pack_address(peer[0]),
+            there,
             peer[1],
             mark,
             generation,
             doubt=doubt,
-            enforced=None if enforcement is None else enforcement.template,
+            enforced=enforcement.template,
         )
-        if enforcement is None:
-            return evidence
-        if self._listeners is not None:
-            where = Where(evidence.local, evidence.local_port, evidence.peer, evidence.peer_port)
-            self.enforcement = enforcement.inherit(sock, where)
+        if listener is not None:
+            self.enforcement = enforcement.inherit(sock, Where(here, local[1], there, peer[1]))
         else:
             enforcement.handed_over(sock)
         if self.enforcement is not None:
             self.enforcement.changed = weakly(self._enforced_otherwise)
         return evidence if doubt else replace(evidence, doubt=enforcement.objection(evidence))
 
-    def carried_by(self, transport: asyncio.BaseTransport, context: Context) -> None:
-        """Note the loop's transport, and the context that callbacks belong in."""
+    def carried_by(self, transport: asyncio.BaseTransport) -> None:
+        """Note the loop's transport."""
         try:
             # Weak, because a cycle would keep the transport from going at once.
             self._transport = ref(transport)
         except TypeError:
             # uvloop's TLS transports.
             self._transport = lambda: transport
-        self._context = context
 
     @property
     def transport(self) -> asyncio.BaseTransport | None:
@@ -180,9 +210,8 @@ class Connection(TokenCell):
 
     def enter(self, callback: Callable[..., object], *arguments: object) -> None:
         """Call back in the connection's context."""
-        if self._context is not None:
-            # A copy can be entered from inside the context itself.
-            self._context.copy().run(callback, *arguments)
+        # A copy can be entered from inside the context itself.
+        self.context.copy().run(callback, *arguments)
 
     def tell(self, callback: str, *arguments: object, ours: bool = True) -> None:
         """Call a method of the user's protocol, if it is not closing; of ours alone, or of any."""
@@ -251,6 +280,18 @@ class Connection(TokenCell):
         if token.assurance <= self._ceiling:
             self._replace(token)
 
+    def review(self, *, closed: bool) -> None:
+        """The backend's epoch has moved, or it was closed: see what the token still rests on."""
+        evidence, listener = self.evidence, self._listener
+        if evidence.doubt:
+            return
+        if not evidence.generation:
+            self.infer()
+        elif listener is not None:
+            lost = evidence.generation != listener.generation
+            if closed or (lost and not self.is_kept_clean):
+                self.discredit("the stamp was lost while the connection stood")
+
     def discredit(self, reason: str) -> None:
         """Make it UNKNOWN for good."""
         if self.guard is not None:
@@ -264,11 +305,11 @@ class Connection(TokenCell):
     def _enforced_otherwise(self) -> None:
         if self.extra is not None:
             self.extra["ipsec_enforced"] = self.enforced
-        if self in self._judge.inferred:
+        if not self.evidence.doubt and not self.evidence.generation:
             self.infer()
 
     def _replace(self, token: PToken) -> None:
-        old, self.ptoken = self.ptoken, token
+        old, self.cell.ptoken = self.cell.ptoken, token
         if self.extra is not None:
             self.extra["ptoken"] = token
         if token is not old:
@@ -284,9 +325,8 @@ class Judge:
         "_loop",
         "_unsubscribe",
         "_when_closed",
-        "inferred",
+        "connections",
         "latched",
-        "listeners",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
@@ -294,9 +334,9 @@ class Judge:
         self._loop = loop
         self._backend = backend
         self._when_closed = backend.resolve(_nowhere("the backend is closed"))
-        self.inferred: WeakSet[Connection] = WeakSet()
+        self.connections: dict[int, ref[Connection]] = {}
+        """Those that have evidence, by their id(). Each leaves when it goes."""
         self.latched: WeakSet[Connection] = WeakSet()
-        self.listeners: WeakSet[Listener] = WeakSet()
         self._unsubscribe = backend.subscribe(weakly(self._changed))
 
     def __del__(self) -> None:
@@ -330,8 +370,10 @@ class Judge:
 
     def drain(self) -> None:
         """Take in what the backend was told by now; never raises."""
-        with contextlib.suppress(BackendError):
+        try:  # noqa: SIM105 (each accept comes this way)
             self._backend.drain()
+        except BackendError:
+            pass
 
     def resolve(self, evidence: Evidence) -> PToken:
         """Return the token for this evidence; never raises."""
@@ -342,18 +384,14 @@ class Judge:
 
     def _changed(self) -> None:
         # Latches first: what conflicts is held before anybody is told of new tokens.
-        for connection in list(self.latched):
-            if connection.guard is not None:
-                connection.guard.look()
+        for latched in list(self.latched):
+            if latched.guard is not None:
+                latched.guard.look()
         closed = self.resolve(_nowhere("a trial")) is self._when_closed
-        for listener in list(self.listeners):
-            for connection in list(listener.stamped):
-                lost = connection.evidence.generation != listener.generation
-                if closed or (lost and not connection.is_kept_clean):
-                    listener.stamped.discard(connection)
-                    connection.discredit("the stamp was lost while the connection stood")
-        for connection in list(self.inferred):
-            connection.infer()
+        for reference in list(self.connections.values()):
+            connection = reference()
+            if connection is not None:
+                connection.review(closed=closed)
 
 
 def _nothing() -> None: ...
@@ -361,3 +399,14 @@ def _nothing() -> None: ...
 
 def _nowhere(doubt: str) -> Evidence:
     return Evidence(IPPROTO_TCP, b"", 0, b"", 0, doubt=doubt)
+
+
+_NOT_CONNECTED = _nowhere("not connected yet")
+
+
+def _packed(address: Any) -> bytes:
+    """Pack the host of an IP socket's address."""
+    host: str = address[0]
+    if len(address) == 2:
+        return socket.inet_pton(socket.AF_INET, host)
+    return unmap(socket.inet_pton(socket.AF_INET6, host.partition("%")[0]))

@@ -16,53 +16,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
 
 if TYPE_CHECKING:
     from .connection import Connection
     from .latching import Guard
 
-__all__ = ["Bond", "ForwardingTransport", "bond_of", "dress", "enter", "undress", "user_of"]
+__all__ = ["ForwardingTransport", "connection_of", "dress", "enter", "undress", "user_of"]
 
 
 _TOLD = {"ptoken": "ptoken", "ipsec_enforced": "enforced", "ipsec_latch": "latch_status"}
 """What a connection tells as extra information."""
 
 
-class Bond(NamedTuple):
-    """What a transport has to know: its connection, and the context that callbacks belong in.
-
-    ``shared``: the loop uses one context for several connections.
-    """
-
-    connection: Connection
-    context: Context
-    shared: bool
-
-
-def dress(transport: asyncio.Transport, bond: Bond) -> asyncio.Transport:
+def dress(transport: asyncio.Transport, connection: Connection) -> asyncio.Transport:
     """Return the transport that the user gets for the loop's: the same where that will do."""
-    bond.connection.carried_by(transport, bond.context)
-    guard = bond.connection.guard
-    if guard is not None:
-        return LatchedTransport(transport, bond, guard)
+    connection.carried_by(transport)
+    if connection.guard is not None:
+        return LatchedTransport(transport, connection, connection.guard)
     own = getattr(transport, "__dict__", None)
     if own is None:
-        return ForwardingTransport(transport, bond)
+        return ForwardingTransport(transport, connection)
     # Weak, because a cycle would keep the transport from going at once.
     itself = ref(transport)
-    own["_ipsec_bond"] = bond
-    own["resume_reading"] = partial(_resume, itself, bond.context)
+    own["_ipsec_connection"] = connection
+    own["resume_reading"] = partial(_resume, itself, connection)
     extra = getattr(transport, "_extra", None)
     if isinstance(extra, dict):
-        extra["ptoken"] = bond.connection.ptoken
-        extra["ipsec_enforced"] = bond.connection.enforced
-        bond.connection.extra = extra
+        extra["ptoken"] = connection.ptoken
+        extra["ipsec_enforced"] = connection.enforced
+        connection.extra = extra
     else:
-        own["get_extra_info"] = partial(_tell, itself, bond.connection)
+        own["get_extra_info"] = partial(_tell, itself, connection)
     return transport
 
 
@@ -77,17 +64,16 @@ def user_of(transport: asyncio.BaseTransport) -> asyncio.BaseProtocol | None:
     return protocol.protocol if isinstance(protocol, _Entering) else protocol
 
 
-def bond_of(transport: asyncio.BaseTransport) -> Bond | None:
+def connection_of(transport: asyncio.BaseTransport) -> Connection | None:
     """Return what :func:`dress` was given; None for a transport that is not ours."""
-    bond: Bond | None = getattr(transport, "_ipsec_bond", None)
-    return bond
+    connection: Connection | None = getattr(transport, "_ipsec_connection", None)
+    return connection
 
 
-def _resume(transport: ReferenceType[asyncio.Transport], context: Context) -> None:
+def _resume(transport: ReferenceType[asyncio.Transport], connection: Connection) -> None:
     target = transport()
     if target is not None:
-        # A copy can be entered from inside the context itself.
-        context.copy().run(type(target).resume_reading, target)
+        connection.enter(type(target).resume_reading, target)
 
 
 def _tell(
@@ -108,12 +94,12 @@ class ForwardingTransport(asyncio.Transport):
     What asyncio's transports do not have is looked up in the loop's transport, ``raw``.
     """
 
-    __slots__ = ("__weakref__", "_ipsec_bond", "on_resume", "raw", "write", "writelines")
+    __slots__ = ("__weakref__", "_ipsec_connection", "on_resume", "raw", "write", "writelines")
 
-    def __init__(self, raw: asyncio.Transport, bond: Bond) -> None:
+    def __init__(self, raw: asyncio.Transport, connection: Connection) -> None:
         self.on_resume: Callable[[], None] | None = None
         self.raw = raw
-        self._ipsec_bond = bond
+        self._ipsec_connection = connection
         self.write = raw.write  # type: ignore[method-assign]
         self.writelines = raw.writelines  # type: ignore[method-assign]
 
@@ -122,11 +108,11 @@ class ForwardingTransport(asyncio.Transport):
         ``"ipsec_enforced"`` too.
         """
         if name in _TOLD:
-            return getattr(self._ipsec_bond.connection, _TOLD[name])
+            return getattr(self._ipsec_connection, _TOLD[name])
         return self.raw.get_extra_info(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self.raw.set_protocol(enter(protocol, self._ipsec_bond))
+        self.raw.set_protocol(enter(protocol, self._ipsec_connection))
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         protocol = self.raw.get_protocol()
@@ -149,7 +135,7 @@ class ForwardingTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self._deliver_early()
-        self._ipsec_bond.context.copy().run(self.raw.resume_reading)
+        self._ipsec_connection.enter(self.raw.resume_reading)
 
     def _deliver_early(self) -> None:
         # What was read before reading could be paused.
@@ -184,8 +170,8 @@ class LatchedTransport(ForwardingTransport):
 
     __slots__ = ("_guard",)
 
-    def __init__(self, raw: asyncio.Transport, bond: Bond, guard: Guard) -> None:
-        super().__init__(raw, bond)
+    def __init__(self, raw: asyncio.Transport, connection: Connection, guard: Guard) -> None:
+        super().__init__(raw, connection)
         self._guard = guard
         self.write = guard.write  # type: ignore[method-assign]
         self.writelines = guard.writelines  # type: ignore[method-assign]
@@ -225,73 +211,73 @@ class _Entering:
     __slots__ = ()
 
     protocol: Any
-    bond: Bond
+    connection: Connection
 
     def connection_lost(self, exc: Exception | None) -> None:
-        connection = self.bond.connection
+        connection = self.connection
         connection.close()
-        connection.run(self.protocol.connection_lost, exc)
+        connection.cell.run(self.protocol.connection_lost, exc)
 
     def pause_writing(self) -> None:
-        guard = self.bond.connection.guard
+        guard = self.connection.guard
         if guard is None:
-            self.bond.connection.run(self.protocol.pause_writing)
+            self.connection.cell.run(self.protocol.pause_writing)
         else:
             guard.set_full(True)
 
     def resume_writing(self) -> None:
-        guard = self.bond.connection.guard
+        guard = self.connection.guard
         if guard is None:
-            self.bond.connection.run(self.protocol.resume_writing)
+            self.connection.cell.run(self.protocol.resume_writing)
         else:
             guard.set_full(False)
 
     def eof_received(self) -> bool | None:
-        guard = self.bond.connection.guard
+        guard = self.connection.guard
         if guard is not None and not guard.admits():
             # Open until it was told.
             guard.keep(self._late_eof)
             return True
         callback: Callable[[], bool | None] | None = getattr(self.protocol, "eof_received", None)
-        return None if callback is None else self.bond.connection.run(callback)
+        return None if callback is None else self.connection.cell.run(callback)
 
     def _late_eof(self) -> None:
         callback: Callable[[], bool | None] | None = getattr(self.protocol, "eof_received", None)
-        transport = self.bond.connection.transport
+        transport = self.connection.transport
         if (callback is None or not callback()) and transport is not None:
             transport.close()
 
 
 class _EnteringStream(_Entering, asyncio.Protocol):
-    __slots__ = ("bond", "data_received", "protocol")
+    __slots__ = ("connection", "data_received", "protocol")
 
-    def __init__(self, protocol: Any, bond: Bond) -> None:
+    def __init__(self, protocol: Any, connection: Connection) -> None:
         self.protocol = protocol
-        self.bond = bond
-        self.data_received = partial(bond.context.run, protocol.data_received)  # type: ignore[method-assign]
+        self.connection = connection
+        self.data_received = partial(connection.context.run, protocol.data_received)  # type: ignore[method-assign]
 
 
 class _EnteringBuffered(_Entering, asyncio.BufferedProtocol):
-    __slots__ = ("bond", "buffer_updated", "get_buffer", "protocol")
+    __slots__ = ("buffer_updated", "connection", "get_buffer", "protocol")
 
-    def __init__(self, protocol: Any, bond: Bond) -> None:
+    def __init__(self, protocol: Any, connection: Connection) -> None:
         self.protocol = protocol
-        self.bond = bond
-        self.get_buffer = partial(bond.context.run, protocol.get_buffer)  # type: ignore[method-assign]
-        self.buffer_updated = partial(bond.context.run, protocol.buffer_updated)  # type: ignore[method-assign]
+        self.connection = connection
+        self.get_buffer = partial(connection.context.run, protocol.get_buffer)  # type: ignore[method-assign]
+        self.buffer_updated = partial(connection.context.run, protocol.buffer_updated)  # type: ignore[method-assign]
 
 
 class _LatchedStream(_Entering, asyncio.Protocol):
-    __slots__ = ("bond", "guard", "protocol")
+    __slots__ = ("connection", "guard", "protocol")
 
-    def __init__(self, protocol: Any, bond: Bond, guard: Guard) -> None:
+    def __init__(self, protocol: Any, connection: Connection, guard: Guard) -> None:
         self.protocol = protocol
-        self.bond = bond
+        self.connection = connection
         self.guard = guard
 
     def data_received(self, data: bytes) -> None:
         if self.guard.admits():
-            self.bond.connection.enter(self.protocol.data_received, data)
+            self.connection.enter(self.protocol.data_received, data)
         else:
             self.guard.keep(self.protocol.data_received, data)
 
@@ -299,28 +285,28 @@ class _LatchedStream(_Entering, asyncio.Protocol):
 class _LatchedBuffered(_EnteringBuffered):
     __slots__ = ("guard",)
 
-    def __init__(self, protocol: Any, bond: Bond, guard: Guard) -> None:
-        super().__init__(protocol, bond)
+    def __init__(self, protocol: Any, connection: Connection, guard: Guard) -> None:
+        super().__init__(protocol, connection)
         self.guard = guard
         self.buffer_updated = self._updated  # type: ignore[method-assign]
 
     def _updated(self, nbytes: int) -> None:
         if self.guard.admits():
-            self.bond.connection.enter(self.protocol.buffer_updated, nbytes)
+            self.connection.enter(self.protocol.buffer_updated, nbytes)
         else:
             # Nothing is read any more, so it stays in the buffer.
             self.guard.keep(self.protocol.buffer_updated, nbytes)
 
 
-def enter(protocol: asyncio.BaseProtocol, bond: Bond) -> asyncio.BaseProtocol:
+def enter(protocol: asyncio.BaseProtocol, connection: Connection) -> asyncio.BaseProtocol:
     """Return what the loop is to call: a stand-in only where the loop shares its contexts, and for
     latched connections.
     """
-    guard = bond.connection.guard
-    if not bond.shared and guard is None:
+    guard = connection.guard
+    if not connection.shared and guard is None:
         return protocol
     # uvloop's own rule for how a protocol wants to read.
     buffered = hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol)
     if guard is not None:
-        return (_LatchedBuffered if buffered else _LatchedStream)(protocol, bond, guard)
-    return (_EnteringBuffered if buffered else _EnteringStream)(protocol, bond)
+        return (_LatchedBuffered if buffered else _LatchedStream)(protocol, connection, guard)
+    return (_EnteringBuffered if buffered else _EnteringStream)(protocol, connection)

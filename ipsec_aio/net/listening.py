@@ -20,15 +20,19 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from ipsec_aio.errors import BackendError
-from ipsec_aio.kernel.sockopts import is_listening, netns_cookie, protocol_of, read_mark
+from ipsec_aio.kernel.sockopts import (
+    examine,
+    is_listening,
+    netns_cookie,
+    protocol_of,
+    read_mark,
+)
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
 
-    from .connection import Connection
     from .enforce import Enforcement
 
 __all__ = ["SETTLE", "Listener", "run_soon", "unfitness"]
@@ -53,12 +57,12 @@ def unfitness(sock: socket.socket, backend: Backend) -> str:
     return ""
 
 
-def _mark(sock: socket.socket) -> int | None:
+def _brings_mark(sock: socket.socket) -> bool:
+    """Whether a socket may have a mark of its own."""
     try:
-        return read_mark(sock)
-    except ValueError:
-        # uvloop's word for a socket that is closed.
-        return None
+        return examine(sock, read_mark) != 0
+    except (OSError, ValueError):
+        return True  # it is closed
 
 
 def run_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
@@ -85,7 +89,6 @@ class Listener:
         "_since",
         "_sockets",
         "_unfit",
-        "stamped",
     )
 
     def __init__(
@@ -108,8 +111,6 @@ class Listener:
         self._holds = 0
         self._closed = False
         self._marked = False
-        self.stamped: WeakSet[Connection] = WeakSet()
-        """The connections whose token rests on the stamp."""
 
     @property
     def generation(self) -> int:
@@ -134,19 +135,18 @@ class Listener:
         """Note the generation that all handshakes will be of."""
         self._generation = self._registration.generation
 
-    def read(self, sock: socket.socket) -> tuple[int | None, int, str]:
-        """Return mark, generation and doubt for a connection that was accepted just now."""
+    def read(self, mark: int | None) -> tuple[int | None, int, str]:
+        """Return mark, generation and doubt for a connection that was accepted just now with a
+        mark; the mark is None where it means nothing.
+        """
         registration = self._registration
         generation = registration.generation
         if generation != self._generation:
             self._generation = generation
             self._since = self._loop.time()
         doubt = self._unfit or (self._doubt() if generation else "")
-        if doubt:
+        if doubt or not registration.reads_marks or (not generation and self._is_marked()):
             return None, generation, doubt
-        if not registration.reads_marks or (not generation and self._is_marked()):
-            return None, generation, ""
-        mark = _mark(sock)
         if mark is None and generation:
             doubt = "the mark cannot be read"
         return mark, generation, doubt
@@ -183,7 +183,7 @@ class Listener:
 
     def _is_marked(self) -> bool:
         # A closed server accepts no more: what its sockets were at the end stands.
-        return self._marked or any(_mark(sock) != 0 for sock in self._sockets)
+        return self._marked or any(map(_brings_mark, self._sockets))
 
     def _close_if_unused(self) -> None:
         if self._closed and not self._holds:

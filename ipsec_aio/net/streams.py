@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextvars import Context, copy_context
 from functools import partial
 from types import coroutine
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
 from ipsec_aio.backends import resolve_backend
 from ipsec_aio.enums import Assurance
@@ -37,7 +37,7 @@ from .connect import connect_protected
 from .connection import Connection, Judge
 from .context import current
 from .enforce import KERNEL, Where, check_options, enforcement_for
-from .forward import Bond, ForwardingTransport, bond_of, dress, enter, undress
+from .forward import ForwardingTransport, connection_of, dress, enter, undress
 from .latching import reset
 from .listening import Listener
 from .protocols import TokenProtocol, takes_token
@@ -203,12 +203,11 @@ async def create_connection(
     backend = await resolve_backend(backend)
     judge = Judge.of(loop, backend)
     connection = Connection(judge, None)
-    handovers: list[_Handover] = []
+    terms = _Terms(loop, require, deadline, latching)
+    handovers: list[_Connecting] = []
 
-    def factory() -> _Handover:
-        handovers.append(
-            _Handover(loop, protocol_factory(), connection, require, deadline, latching)
-        )
+    def factory() -> _Connecting:
+        handovers.append(_Connecting(terms, connection, protocol_factory()))
         return handovers[-1]
 
     given: dict[str, Any] = {**options}
@@ -220,7 +219,7 @@ async def create_connection(
         if made is not None:
             host = port = None
     context = copy_context()
-    context.run(current.set, connection)
+    context.run(current.set, connection.cell)
     try:
         raw, _ = await _within(
             context, cast("Any", loop.create_connection)(factory, host, port, **given)
@@ -266,49 +265,43 @@ async def start_tls(
     uvloop's takes no transport that stands in front of its own.
     """
     loop = asyncio.get_running_loop()
-    bond = bond_of(transport)
-    if bond is None:
+    connection = connection_of(transport)
+    if connection is None:
         plain = cast("asyncio.BaseProtocol", protocol)
         return await loop.start_tls(cast("Any", transport), plain, sslcontext, **options)
-    entering = enter(cast("asyncio.BaseProtocol", protocol), bond)
+    entering = enter(cast("asyncio.BaseProtocol", protocol), connection)
     made = await loop.start_tls(cast("Any", undress(transport)), entering, sslcontext, **options)
-    return None if made is None else dress(made, bond)
+    return None if made is None else dress(made, connection)
+
+
+class _Terms(NamedTuple):
+    """What connections have to meet before they are handed over."""
+
+    loop: asyncio.AbstractEventLoop
+    require: Require | None
+    deadline: float
+    latch: Latch | None
+    accepting: _Accepting | None = None
 
 
 class _Handover(asyncio.Protocol):
     """Takes ``connection_made`` in the place of the user's protocol, then gets out of the way.
 
-    ``settled`` is done when it did, with ``error`` where it refused, and ``gone`` when the
-    connection was lost. What it refuses of a server's it resets; an outgoing one is reset by who
-    made it, since uvloop does not own the socket that it was given before it has returned.
+    What it refuses of a server's it resets.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        protocol: AnyProtocol,
-        connection: Connection,
-        require: Require | None,
-        deadline: float,
-        latch: Latch | None,
-        accepting: _Accepting | None = None,
-    ) -> None:
+    transport: asyncio.Transport | None = None
+    error: ProtectionError | None = None
+    begun = False
+    _waiting: asyncio.Task[None] | None = None
+    _raw: asyncio.Transport | None = None
+    _ended = _lost = False
+
+    def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
         self.protocol = protocol
-        self.transport: asyncio.Transport | None = None
-        self.error: ProtectionError | None = None
-        self.settled: asyncio.Future[None] = loop.create_future()
-        self.gone: asyncio.Future[None] = loop.create_future()
-        self._loop = loop
+        self._terms = terms
         self._connection = connection
-        self._require = require
-        self._deadline = deadline
-        self._latch = latch
-        self._accepting = accepting
-        self._waiting: asyncio.Task[None] | None = None
-        self._raw: asyncio.Transport | None = None
         self._early: list[bytes] = []
-        self._ended = False
-        self.begun = self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.begun = True
@@ -318,19 +311,18 @@ class _Handover(asyncio.Protocol):
         except BaseException:
             # The loop reports it; nothing goes on unjudged, and nobody waits for it.
             self._done()
-            if self._accepting is not None:
+            if self._terms.accepting is not None:
                 reset(raw)
             raise
-        accepting = self._accepting
-        if self._deadline and self._awaits(token) and (accepting is None or accepting.holds_one()):
+        if token.pending and self._may_wait(token):
             self._raw = raw
             raw.pause_reading()
-            self._waiting = self._loop.create_task(self._wait(raw, copy_context()))
+            self._waiting = self._terms.loop.create_task(self._wait(raw, copy_context()))
         else:
-            self._settle(raw)
+            self._settle(raw, token)
 
     def data_received(self, data: bytes) -> None:
-        raw, accepting = self._raw, self._accepting
+        raw, accepting = self._raw, self._terms.accepting
         if raw is None or self._waiting is None:
             return  # it was reset
         raw.pause_reading()
@@ -339,7 +331,7 @@ class _Handover(asyncio.Protocol):
             accepting.kept += len(data)
             if accepting.kept > KEPT_LIMIT:
                 self._waiting.cancel()
-                self._settle(raw)
+                self._settle(raw, self._token())
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -347,8 +339,6 @@ class _Handover(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
-        if not self.gone.done():
-            self.gone.set_result(None)
         if self._waiting is not None and self.transport is None:
             self._waiting.cancel()
             self._connection.close()
@@ -365,66 +355,71 @@ class _Handover(asyncio.Protocol):
         """Whether what the token waits for may yet meet the requirement, or be latched."""
         if not token.pending:
             return False
-        if self._require is not None and (met := self._require.decide(token)) is not True:
+        _, require, _, latch, _ = self._terms
+        if require is not None and (met := require.decide(token)) is not True:
             return met is None
-        return self._latch is not None and token.assurance is Assurance.UNKNOWN
+        return latch is not None and token.assurance is Assurance.UNKNOWN
+
+    def _may_wait(self, token: PToken) -> bool:
+        _, _, deadline, _, accepting = self._terms
+        return deadline > 0 and self._awaits(token) and (accepting is None or accepting.holds_one())
 
     async def _wait(self, raw: asyncio.Transport, context: Context) -> None:
-        connection = self._connection
+        loop, _, deadline, _, accepting = self._terms
         try:
-            async with asyncio.timeout(self._deadline):
+            async with asyncio.timeout(deadline):
                 while self._awaits(token := self._token()):
                     resolved = await token.resolved()
                     # It may have been replaced meanwhile, and that counts.
                     if self._token() is token:
-                        connection.ptoken = resolved
+                        self._connection.cell.ptoken = resolved
         except (TimeoutError, IPsecError):
             pass
         finally:
-            if self._accepting is not None:
-                self._accepting.held -= 1
-                self._accepting.kept -= sum(map(len, self._early))
-        self._loop.call_soon(self._settle, raw, context=context)
+            if accepting is not None:
+                accepting.held -= 1
+                accepting.kept -= sum(map(len, self._early))
+        loop.call_soon(self._settle_late, raw, context=context)
 
-    def _settle(self, raw: asyncio.Transport) -> None:
+    def _settle_late(self, raw: asyncio.Transport) -> None:
+        if not self._lost:
+            self._settle(raw, self._token())
+
+    def _settle(self, raw: asyncio.Transport, token: PToken) -> None:
         """Refuse, or hand over."""
-        if self._lost:
-            return
-        accepting = self._accepting
-        token = self._token()
-        self.error = None if self._require is None else self._require.check(token)
-        if self.error is None and self._latch is not None:
-            listener = None if accepting is None else accepting.latch
-            self.error = self._connection.latch(raw, self._latch, listener)
+        _, require, _, latch, accepting = self._terms
+        connection = self._connection
+        error = None if require is None else require.check(token)
+        if error is None and latch is not None:
+            error = connection.latch(raw, latch, None if accepting is None else accepting.latch)
+        self.error = error
         if accepting is not None:
-            accepting.count(token.protected, token.assurance, raw, self.error)
+            accepting.count(token, raw, error)
         self._done()
-        if self.error is not None:
+        if error is not None:
             if accepting is not None:
                 reset(raw)
             return
-        context = copy_context()
-        shared = accepting is not None and accepting.shares_context
-        if shared:
-            context.run(current.set, self._connection)
-        bond = Bond(self._connection, context, shared)
-        self.transport = dress(raw, bond)
+        context = connection.context = copy_context()
+        if connection.shared:
+            context.run(current.set, connection.cell)
+        self.transport = dress(raw, connection)
         protocol: Any = self.protocol
-        entering = enter(protocol, bond)
+        entering = enter(protocol, connection)
         # Installed first: a protocol may put another in its place from connection_made.
         raw.set_protocol(entering)
         if self._waiting is not None:
             # What is read is delivered by the loop, so after connection_made.
             self.transport.resume_reading()
-        call = context.run if shared else _call
-        if takes_token(protocol):
-            call(protocol.connection_made, self.transport, token)
+        arguments = (self.transport, token) if takes_token(protocol) else (self.transport,)
+        if connection.shared:
+            context.run(protocol.connection_made, *arguments)
         else:
-            call(protocol.connection_made, self.transport)
+            protocol.connection_made(*arguments)
         if self._early or self._ended:
             self._deliver_early(raw, entering)
-        if self._connection.guard is not None:
-            self._connection.guard.begin()
+        if connection.guard is not None:
+            connection.guard.begin()
 
     def _deliver_early(self, raw: asyncio.Transport, entering: asyncio.BaseProtocol) -> None:
         deliver = partial(_deliver, raw, entering, self._early, ended=self._ended)
@@ -433,6 +428,28 @@ class _Handover(asyncio.Protocol):
         else:
             # The user's protocol has paused it.
             self.transport.on_resume = deliver
+
+    def _done(self) -> None:
+        """It was handed over or refused, or never will be."""
+
+
+class _Connecting(_Handover):
+    """That of an outgoing connection.
+
+    ``settled`` is done when it was handed over, or refused with ``error``, and ``gone`` when the
+    connection was lost. What is refused is reset by who made it, since uvloop does not own the
+    socket that it was given before it has returned.
+    """
+
+    def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
+        super().__init__(terms, connection, protocol)
+        self.settled: asyncio.Future[None] = terms.loop.create_future()
+        self.gone: asyncio.Future[None] = terms.loop.create_future()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.gone.done():
+            self.gone.set_result(None)
+        super().connection_lost(exc)
 
     def _done(self) -> None:
         if not self.settled.done():
@@ -453,32 +470,24 @@ class _Accepting:
         latch: ListenerLatch | None,
     ) -> None:
         self.latch = latch
-        self._loop = loop
+        self._terms = _Terms(
+            loop, require, deadline, None if latch is None else latch.options, self
+        )
         self._judge = judge
         self._listeners = listeners
         self._factory = factory
-        self._require = require
-        self._deadline = deadline
         self.held = self.kept = 0
         self.counters = Counters()
         self._refusals = Refusals(self.counters)
         self.name = ""
         # asyncio accepts each connection in a task of its own.
-        self.shares_context = not isinstance(loop, asyncio.BaseEventLoop)
+        self._shares_context = not isinstance(loop, asyncio.BaseEventLoop)
 
     def __call__(self) -> _Handover:
-        connection = Connection(self._judge, self._listeners)
-        if not self.shares_context:
-            current.set(connection)
-        return _Handover(
-            self._loop,
-            self._factory(),
-            connection,
-            self._require,
-            self._deadline,
-            None if self.latch is None else self.latch.options,
-            self,
-        )
+        connection = Connection(self._judge, self._listeners, shared=self._shares_context)
+        if not connection.shared:
+            current.set(connection.cell)
+        return _Handover(self._terms, connection, self._factory())
 
     def __repr__(self) -> str:
         return self.name
@@ -490,19 +499,18 @@ class _Accepting:
         return room
 
     def count(
-        self,
-        protected: bool,
-        assurance: Assurance,
-        transport: asyncio.BaseTransport,
-        error: ProtectionError | None,
+        self, token: PToken, transport: asyncio.BaseTransport, error: ProtectionError | None
     ) -> None:
         """Count a connection, and its refusal."""
-        self.counters.received += 1
-        self.counters.protected += protected
-        self.counters.unknown += assurance is Assurance.UNKNOWN
+        counters = self.counters
+        counters.received += 1
+        if token.protected:
+            counters.protected += 1
+        elif token.assurance is Assurance.UNKNOWN:
+            counters.unknown += 1
         if error is not None:
             peer = transport.get_extra_info("peername")
-            self._refusals.add(self, peer, error, self._loop.time())
+            self._refusals.add(self, peer, error, self._terms.loop.time())
 
 
 async def _cover(
@@ -527,7 +535,6 @@ async def _cover(
         enforcements: list[tuple[int, bytes, Enforcement]] = []
         listener = Listener(loop, judge.backend, registration, bound, enforcements)
         listeners[port] = listener
-        judge.listeners.add(listener)
         for sock in bound:
             enforcement = enforcement_for(
                 loop,
@@ -568,10 +575,6 @@ def _deliver(raw: asyncio.Transport, protocol: Any, pieces: list[bytes], *, ende
 
 def _is_stamped(registration: Registration) -> bool:
     return registration.generation > 0
-
-
-def _call(callback: Callable[..., T], *args: Any) -> T:
-    return callback(*args)
 
 
 @coroutine

@@ -25,7 +25,7 @@ from typing import Any
 import uvloop
 
 import ipsec_aio
-from ipsec_aio.net.forward import bond_of
+from ipsec_aio.net.forward import connection_of
 
 
 class Result(unittest.TestResult):
@@ -95,7 +95,7 @@ def _delegate(cls: type, base: type) -> None:
     original = base.start_tls  # type: ignore[attr-defined]
 
     async def start_tls(self: Any, transport: Any, *args: Any, **kwargs: Any) -> Any:
-        if _upgrading.get() or bond_of(transport) is None:
+        if _upgrading.get() or connection_of(transport) is None:
             return await original(self, transport, *args, **kwargs)
         before = _upgrading.set(True)
         try:

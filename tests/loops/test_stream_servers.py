@@ -478,16 +478,26 @@ async def test_a_socket_that_cannot_be_examined_is_in_doubt() -> None:
         closed = socket.socket()
         closed.close()
         assert "cannot be examined" in listening.unfitness(closed, backend)
-        assert listener.read(sock) == (0, registration.generation, "")
-        assert listener.read(closed)[2] == "the mark cannot be read"
-        assert listener.read(_GoneOnUvloop())[2] == "the mark cannot be read"
-    assert listener.read(closed)[2] == "the listening socket has a mark of its own"
+        assert listener.read(0) == (0, registration.generation, "")
+        assert listener.read(None)[2] == "the mark cannot be read"
+    assert listener.read(0)[2] == "the listening socket has a mark of its own"
 
 
-class _GoneOnUvloop(socket.socket):
-    def getsockopt(self, *arguments: Any) -> Any:
-        self.close()
-        raise ValueError("negative file descriptor")
+async def test_a_connection_whose_socket_cannot_be_examined_is_in_doubt() -> None:
+    backend = protecting()
+    judge = Judge.of(asyncio.get_running_loop(), backend)
+
+    class Gone:
+        def fileno(self) -> int:
+            return -1
+
+    class Lost(asyncio.Transport):
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return Gone() if name == "socket" else (HOST, 1)
+
+    token = Connection(judge, {}).made(Lost())
+    assert token.assurance is Assurance.UNKNOWN
+    assert "cannot be examined" in repr(token)
 
 
 async def test_a_closed_backend_makes_every_socket_unfit() -> None:

@@ -262,3 +262,27 @@ def test_sockets_without_these_options() -> None:
         assert not sockopts.receive_fragment_sizes(one)
     assert sockopts.read_mark(one) is None
     assert sockopts.netns_cookie(one) is None
+
+
+class _StandIn:
+    """What uvloop shows of a socket: its descriptor, and answers that cost more."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+
+def test_a_socket_is_examined_and_stays_its_owners() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        cookie = sockopts.socket_cookie(sock)
+        for face in (sock, _StandIn(sock)):
+            assert sockopts.examine(face, sockopts.mark_and_cookie) == (0, cookie)
+            with pytest.raises(ZeroDivisionError):
+                sockopts.examine(face, lambda sock: 1 // 0)
+            # Still open, still the same.
+            assert sockopts.socket_cookie(sock) == cookie
+    with pytest.raises((OSError, ValueError)):
+        sockopts.examine(_StandIn(sock), sockopts.mark_and_cookie)

@@ -11,6 +11,7 @@ import pytest
 
 import ipsec_aio
 from ipsec_aio.evidence import Evidence
+from ipsec_aio.kernel.sockopts import socket_cookie
 from ipsec_aio.net import registry
 from ipsec_aio.net.context import TokenCell, current, current_ptoken
 from ipsec_aio.net.protocols import check_protocol, takes_token
@@ -54,17 +55,26 @@ class TestRegistry:
     def test_a_socket_is_known_by_whatever_names_it(self) -> None:
         cell = TokenCell(token())
         with socket.socket() as sock, socket.socket() as other, sock.dup() as same:
-            registry.remember(sock, cell)
+            cookie = socket_cookie(sock)
+            assert cookie is not None
+            registry.remember(cookie, cell)
             assert registry.recall(same) is cell
             assert registry.recall(other) is None
-            del cell
+            registry.forget(cookie)
+            registry.forget(cookie)
             assert registry.recall(sock) is None
+
+    def test_a_cell_that_is_gone_is_nobodys(self) -> None:
+        with socket.socket() as sock:
+            cookie = socket_cookie(sock)
+            assert cookie is not None
+            registry.remember(cookie, TokenCell())
+            assert registry.recall(sock) is None
+            registry.forget(cookie)
 
     def test_a_closed_socket_is_nobodys(self) -> None:
         sock = socket.socket()
         sock.close()
-        cell = TokenCell()
-        registry.remember(sock, cell)
         assert registry.recall(sock) is None
 
 
