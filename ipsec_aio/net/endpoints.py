@@ -16,6 +16,7 @@ import asyncio
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -278,9 +279,13 @@ def _peer_of(sock: socket.socket) -> Any:
         return None
 
 
+# asyncio's own words.
+_EXPECTED = "A datagram socket" if sys.version_info >= (3, 11, 8) else "A UDP Socket"
+
+
 def _check_given(sock: socket.socket, **options: Any) -> None:
-    if sock.type != socket.SOCK_DGRAM:
-        raise ValueError(f"A UDP Socket was expected, got {sock!r}")
+    if sock.type == socket.SOCK_STREAM:
+        raise ValueError(f"{_EXPECTED} was expected, got {sock!r}")
     problems = ", ".join(f"{name}={value}" for name, value in options.items() if value)
     if problems:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -84,6 +85,16 @@ class Server(asyncio.AbstractServer):
     async def wait_closed(self) -> None:
         """Wait as long as the loop's server does."""
         await self._server.wait_closed()
+
+    if sys.version_info >= (3, 13):
+
+        def close_clients(self) -> None:
+            """Close all connections, as :meth:`asyncio.Server.close_clients`."""
+            self._server.close_clients()
+
+        def abort_clients(self) -> None:
+            """Abort all connections, as :meth:`asyncio.Server.abort_clients`."""
+            self._server.abort_clients()
 
     async def __aenter__(self) -> Self:
         return self

@@ -70,6 +70,7 @@ missing() {
 
 prepare_python() {
     has "$python" || wanted=" python3 python3-venv"
+    install_if_missing ip iproute2  # the tests make network namespaces
     install_wanted
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die "Python 3.11 or newer is needed, and $python is not: make … PYTHON=/path/to/python3.11"
@@ -105,7 +106,6 @@ prepare_kernel() {
 
 prepare_lab() {
     need_apt "The lab needs apt to fetch a kernel and strongSwan."
-    install_if_missing ip iproute2
     install_if_missing modprobe kmod
     install_wanted
     if "$python" tests/lab/run.py --native; then

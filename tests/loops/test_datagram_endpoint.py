@@ -14,7 +14,7 @@ import pytest
 from datagram_tools import HERE, Plain, Tokened, Witnessing, close, memory
 
 import ipsec_aio
-from ipsec_aio import create_datagram_endpoint, set_default_backend
+from ipsec_aio import Assurance, create_datagram_endpoint, set_default_backend
 from ipsec_aio.net import endpoints
 
 
@@ -113,6 +113,19 @@ class TestArguments:
             with pytest.raises(ValueError, match="was expected, got") as caught:
                 await create_datagram_endpoint(Plain, sock=sock, backend=memory())
             assert str(caught.value) == str(expected)
+
+    async def test_a_raw_socket_is_taken_and_proves_nothing(self) -> None:
+        try:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
+        except PermissionError:
+            pytest.skip("raw sockets need CAP_NET_RAW")
+        sock.bind(("127.0.0.1", 0))
+        transport, protocol = await create_datagram_endpoint(Tokened, sock=sock, backend=memory())
+        transport.sendto(b"raw", ("127.0.0.1", 0))
+        data, _, ptoken = (await protocol.log.until("data"))[0]
+        assert data.endswith(b"raw")
+        assert ptoken.assurance is Assurance.UNKNOWN
+        await close(transport)
 
     async def test_a_failing_factory_closes_the_socket(self, nothing_left: None) -> None:
         backend = Witnessing()

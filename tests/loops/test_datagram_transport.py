@@ -23,6 +23,11 @@ Create = Callable[..., Awaitable[tuple[Any, Any]]]
 STOCK_IS_ASYNCIO = pytest.mark.parametrize("create", ["asyncio", "ours"], indirect=True)
 # asyncio's datagram transports cannot pause in early versions of Python 3.11.
 _PAUSES = "pause_reading" in vars(asyncio.selector_events._SelectorTransport)
+# From Python 3.12 on its count of what is buffered does not come back to 0.
+_COUNTS = sys.version_info < (3, 12)
+STOCK_COUNTS = pytest.mark.parametrize(
+    "create", ["asyncio", "ours"] if _PAUSES and _COUNTS else ["ours"], indirect=True
+)
 STOCK_PAUSES = pytest.mark.parametrize(
     "create", ["asyncio", "ours"] if _PAUSES else ["ours"], indirect=True
 )
@@ -215,7 +220,7 @@ class TestClosing:
 
 
 class TestWriting:
-    @STOCK_PAUSES
+    @STOCK_COUNTS
     async def test_pause_and_resume(self, create: Create) -> None:
         transport, protocol, far = await stuffed(create, high=1500, low=500)
         assert not protocol.log.of("pause")
@@ -252,7 +257,7 @@ class TestWriting:
         await protocol.log.until("lost")
         far.close()
 
-    @STOCK_IS_ASYNCIO
+    @STOCK_COUNTS
     async def test_failing_flow_control_callbacks_are_reported(
         self, create: Create, reports: list[dict[str, Any]]
     ) -> None:
@@ -468,7 +473,7 @@ class TestReading:
         await protocol.log.until("data")
         await close(transport)
 
-    @STOCK_PAUSES
+    @STOCK_COUNTS
     async def test_pause_and_resume(self, create: Create) -> None:
         class Pausing(Plain):
             def datagram_received(self, data: bytes, addr: Any) -> None:

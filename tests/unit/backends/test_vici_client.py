@@ -172,7 +172,7 @@ class TestRequests:
     async def test_charon_restarted_between_requests(self, charon, client):
         await client.request("version")
         await charon.stop()
-        charon.path.unlink()
+        charon.path.unlink(missing_ok=True)
         await charon.start()
         while True:
             # The end of the old connection may be seen only when it is used.
