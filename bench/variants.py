@@ -51,6 +51,9 @@ class Marked(ipsec_aio.MemoryBackend):
     def resolve(self, evidence: Evidence) -> PToken:
         return TableBackend.resolve(self, evidence)
 
+    def ignores_ports(self, evidence: Evidence) -> bool:
+        return TableBackend.ignores_ports(self, evidence)
+
 
 class _Stamp(Registration):
     def __init__(self, backend: Marked) -> None:

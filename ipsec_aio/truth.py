@@ -98,6 +98,17 @@ class TruthTable:
             return self._enforced(enforced, evidence)
         return self._infer(evidence, now)
 
+    def ignores_ports(self, evidence: Evidence) -> bool:
+        """Whether evidence with other ports is judged alike until the mirror's epoch changes.
+
+        By a stamp it is, where no SA with its number asks for ports: more would change the epoch.
+        """
+        return evidence.generation > 0 and not any(
+            record.sa.selector.names_ports
+            for index in (self.mirror.sad, self.mirror.graveyard)
+            for record in index.numbered(evidence.spi)
+        )
+
     def judge_again(self, evidence: Evidence, deadline: float, now: float) -> Finding:
         """Return what is found for evidence that was MISSING, asking nobody.
 

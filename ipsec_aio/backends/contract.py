@@ -93,6 +93,15 @@ class Backend(ABC):
         Raises BackendUnavailable when closed or called from another loop's thread.
         """
 
+    def ignores_ports(self, evidence: Evidence) -> bool:
+        """Whether :meth:`resolve` says the same of this evidence with other ports.
+
+        It holds as long as :attr:`epoch` stays the same. False where that is not sure; never
+        raises. Streams ask, so that one answer serves all connections of a peer.
+        """
+        del evidence
+        return False
+
     @property
     @abstractmethod
     def policies(self) -> object:

@@ -527,6 +527,11 @@ class MemoryBackend(TableBackend):
                 evidence = replace(evidence, mark=mark)
             return super().resolve(evidence)
 
+    def ignores_ports(self, evidence: Evidence) -> bool:
+        """False: which SA the played stamp writes may depend on them."""
+        del evidence
+        return False
+
     def lookup_missing(self, key: SAKey) -> bool:
         """Answer as GETSA would, unless events are held."""
         if self._held is not None:

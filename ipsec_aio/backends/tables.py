@@ -200,6 +200,11 @@ class TableBackend(Backend):
             self._arm()
         return token
 
+    def ignores_ports(self, evidence: Evidence) -> bool:
+        """Whether this evidence is judged alike with other ports."""
+        with self.resolver.lock:
+            return self.resolver.ignores_ports(evidence)
+
     @property
     def policies(self) -> object:
         """Equal to what it was as long as no policy changed."""

@@ -8,6 +8,8 @@ Rules:
   which kept clear segments off: then it is UNKNOWN for good. (A token that waits for its SA
   settles by itself.)
   The kernel's own latch keeps clear segments off as well, so there the token stands.
+* What the backend said of a stamp and a peer holds for the peer's next connections as well, as long
+  as the epoch stands still, and where it says that ports do not matter.
 * Every other connection is inferred from the SPD, which also judges the segments to come: it is
   asked again whenever the backend's epoch moves. Its token may get weaker and recover, but never
   says more than the first one that said anything, since earlier bytes came under that.
@@ -52,7 +54,10 @@ if TYPE_CHECKING:
     from .enforce import Enforcement
     from .latching import Guard
 
-__all__ = ["Connection", "Judge"]
+__all__ = ["KNOWN_LIMIT", "Connection", "Judge"]
+
+KNOWN_LIMIT = 4096
+"""How many peers' tokens are kept for their next connections."""
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _NO_CONTEXT = Context()
@@ -123,7 +128,7 @@ class Connection:
         judge = self._judge
         evidence = self.evidence = self._read(transport)
         judge.drain()
-        token = self.cell.ptoken = judge.resolve(evidence)
+        token = self.cell.ptoken = judge.resolve_accepted(evidence)
         if not evidence.doubt:
             judge.connections[id(self)] = ref(self)
             if not evidence.generation:
@@ -322,6 +327,8 @@ class Judge:
     __slots__ = (
         "__weakref__",
         "_backend",
+        "_epoch",
+        "_known",
         "_loop",
         "_unsubscribe",
         "_when_closed",
@@ -333,6 +340,8 @@ class Judge:
         self._unsubscribe: Callable[[], None] = _nothing
         self._loop = loop
         self._backend = backend
+        self._epoch = backend.epoch
+        self._known: dict[tuple[bytes, bytes, int | None, int], PToken] = {}
         self._when_closed = backend.resolve(_nowhere("the backend is closed"))
         self.connections: dict[int, ref[Connection]] = {}
         """Those that have evidence, by their id(). Each leaves when it goes."""
@@ -381,6 +390,28 @@ class Judge:
             return self._backend.resolve(evidence)
         except BackendError:
             return self._when_closed
+
+    def resolve_accepted(self, evidence: Evidence) -> PToken:
+        """Return the token for a connection that was accepted just now; never raises.
+
+        What a stamp proves of a peer is the same for all its connections, while nothing changes.
+        """
+        if not evidence.generation or evidence.doubt:
+            return self.resolve(evidence)
+        backend, known = self._backend, self._known
+        if self._epoch != backend.epoch:
+            self._epoch = backend.epoch
+            known.clear()
+        key = (evidence.local, evidence.peer, evidence.mark, evidence.generation)
+        token = known.get(key)
+        if token is None:
+            token = self.resolve(evidence)
+            settled = token.assurance is not Assurance.UNKNOWN and not token.pending
+            if settled and backend.ignores_ports(evidence):
+                if len(known) >= KNOWN_LIMIT:
+                    known.clear()
+                known[key] = token
+        return token
 
     def _changed(self) -> None:
         # Latches first: what conflicts is held before anybody is told of new tokens.

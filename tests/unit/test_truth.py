@@ -639,3 +639,58 @@ def test_no_claim_without_proof(known, spi, generation, peer, synced, opaque):
                 and sa.direction is None
                 and not sa.larval
             )
+
+
+# Ports
+
+
+def _ported(**fields) -> Selector:
+    return Selector(PEER, LOCAL, 32, 32, family=2, **fields)
+
+
+_selectors = [
+    Selector(),
+    _ported(),
+    _ported(source_port=40000, source_port_mask=0xFFFF),
+    _ported(destination_port=5000, destination_port_mask=0xFFFF),
+]
+
+
+def test_ports_are_ignored_where_no_sa_with_the_number_asks_for_them():
+    asking = Selector(source_port=40000, source_port_mask=0xFFFF)
+    bench = Bench(esp(), tunnel(0x1002, selector=asking), tunnel(0x1003, selector=_ported()))
+    ignores = bench.table.ignores_ports
+    assert ignores(seen(0x1001))
+    assert ignores(seen(0))
+    assert ignores(seen(0x1003))
+    assert not ignores(seen(0x1002))
+    # Policies may ask for ports, too.
+    assert not ignores(seen(0x1001, generation=0))
+    bench.remove(tunnel(0x1002, selector=asking))
+    assert not ignores(seen(0x1002))
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda make, spi, selector: make(spi, selector=selector),
+            st.sampled_from([esp, ah, comp, tunnel]),
+            st.sampled_from([0x1001, 0x1002]),
+            st.sampled_from(_selectors),
+        ),
+        max_size=4,
+    ),
+    st.lists(st.integers(0, 3), max_size=2),
+    st.sampled_from([0, 0x1001, 0x1002]),
+    st.sampled_from([0, 1, 2]),
+)
+def test_what_ignores_ports_is_judged_alike_with_others(known, gone, spi, generation):
+    bench = Bench(*known)
+    for index in gone:
+        if index < len(known):
+            bench.remove(known[index])
+    bench.answer = None
+    evidence = seen(spi, generation=generation)
+    if bench.table.ignores_ports(evidence):
+        other = replace(evidence, peer_port=40001, local_port=5001)
+        assert bench.table.judge(evidence, bench.now) == bench.table.judge(other, bench.now)
