@@ -91,6 +91,8 @@ prepare_kernel() {
     [ "$(uname -m)" = x86_64 ] || die "the lab's virtual machine is for x86-64 only"
     install_if_missing qemu-system-x86_64 qemu-system-x86
     install_if_missing busybox busybox-static
+    install_if_missing strings binutils  # virtme-ng runs both
+    install_if_missing file file
     install_wanted
     if ! ls "$lab"/root/boot/vmlinuz-* >/dev/null 2>&1; then
         meta=linux-image-amd64
@@ -102,6 +104,9 @@ prepare_kernel() {
         [ -d "$lab/root/lib/modules/$version/kernel" ] || unpack "linux-modules-$version"
         depmod -b "$lab/root" "$version"
     fi
+    # virtme-ng unpacks the modules that it boots with.
+    [ -z "$(find "$lab/root/lib/modules" -name '*.ko.zst' -print -quit)" ] || install_if_missing zstd zstd
+    install_wanted
 }
 
 prepare_lab() {
