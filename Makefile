@@ -1,4 +1,4 @@
-# What there is to type. A fresh Debian 12 or Ubuntu machine, as root, needs nothing else first.
+# What there is to type. A fresh Debian or Ubuntu machine with make and git, as root, needs nothing else first.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -101,11 +101,17 @@ prepare_kernel() {
         unpack $(apt-cache depends --no-recommends --no-suggests $meta |
             sed -n 's/^ *Depends: \(linux-\(image\|modules\)-[0-9].*\)/\1/p')
         version=$(basename "$lab"/root/boot/vmlinuz-* | sed s/vmlinuz-//)
+        if [ -d "$lab/root/usr/lib/modules" ]; then  # Debian 13 has moved them
+            mkdir -p "$lab/root/lib"
+            ln -sfn ../usr/lib/modules "$lab/root/lib/modules"
+        fi
         [ -d "$lab/root/lib/modules/$version/kernel" ] || unpack "linux-modules-$version"
         depmod -b "$lab/root" "$version"
     fi
     # virtme-ng unpacks the modules that it boots with.
-    [ -z "$(find "$lab/root/lib/modules" -name '*.ko.zst' -print -quit)" ] || install_if_missing zstd zstd
+    packed() { [ -n "$(find "$lab/root/lib/modules/" -name "*.ko.$1" -print -quit)" ]; }
+    ! packed zst || install_if_missing zstd zstd
+    ! packed xz || install_if_missing xz xz-utils
     install_wanted
 }
 
