@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from asyncio.trsock import TransportSocket
 from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
@@ -58,6 +59,7 @@ IPV6_RECVFRAGSIZE = 77
 IPPROTO_MPTCP = 262
 
 _U64 = struct.Struct("=Q")
+_ANSWERING = (TransportSocket, socket.SocketType)
 _T = TypeVar("_T")
 
 
@@ -72,7 +74,7 @@ def examine(sock: _HasFileno, question: Callable[[socket.SocketType], _T]) -> _T
     all of them, and detached, since the descriptor is the loop's. Raises OSError or ValueError for
     a closed socket.
     """
-    if isinstance(sock, socket.SocketType | TransportSocket):
+    if isinstance(sock, _ANSWERING):
         return question(cast("socket.SocketType", sock))
     made = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, sock.fileno())
     try:
@@ -83,7 +85,12 @@ def examine(sock: _HasFileno, question: Callable[[socket.SocketType], _T]) -> _T
 
 def mark_and_cookie(sock: socket.SocketType) -> tuple[int | None, int | None]:
     """Return what :func:`read_mark` and :func:`socket_cookie` do: a question to ``examine``."""
-    return read_mark(sock), socket_cookie(sock)
+    try:
+        mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
+        cookie = sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _U64.size)
+    except OSError:
+        return None, None
+    return mark, int.from_bytes(cookie, sys.byteorder)
 
 
 def netns_cookie(sock: socket.SocketType) -> int | None:

@@ -80,7 +80,6 @@ class Connection:
         "__weakref__",
         "_ceiling",
         "_cookie",
-        "_judge",
         "_listener",
         "_listeners",
         "_transport",
@@ -90,6 +89,7 @@ class Connection:
         "evidence",
         "extra",
         "guard",
+        "judge",
         "shared",
     )
 
@@ -102,7 +102,7 @@ class Connection:
     ) -> None:
         self.cell = TokenCell()
         self.enforcement: Enforcement | None = None
-        self._judge = judge
+        self.judge = judge
         self._listeners = listeners
         self._listener: Listener | None = None
         self._cookie: int | None = None
@@ -119,20 +119,16 @@ class Connection:
 
     def __del__(self) -> None:
         self.close()
-        self._judge.connections.pop(id(self), None)
         if self._cookie is not None:
             registry.forget(self._cookie)
 
     def made(self, transport: asyncio.BaseTransport) -> PToken:
         """Read the evidence of a connection that was made just now, and return its token."""
-        judge = self._judge
+        judge = self.judge
         evidence = self.evidence = self._read(transport)
         judge.drain()
         token = self.cell.ptoken = judge.resolve_accepted(evidence)
-        if not evidence.doubt:
-            judge.connections[id(self)] = ref(self)
-            if not evidence.generation:
-                self._ceiling = token.assurance
+        self._ceiling = token.assurance
         return token
 
     @property
@@ -155,9 +151,10 @@ class Connection:
             mark, cookie = examine(sock, mark_and_cookie)
         except (OSError, ValueError) as error:
             return _nowhere(f"the socket cannot be examined: {error}")
-        if cookie is not None:
-            self._cookie = cookie
-            registry.remember(cookie, self.cell)
+        if cookie is None:
+            return _nowhere("the socket has no number")
+        self._cookie = cookie
+        registry.remember(cookie, self)
         listener = None if self._listeners is None else self._listeners.get(local[1])
         # Ports of IP sockets alone have listeners.
         if listener is None and sock.family not in _IP_FAMILIES:
@@ -173,7 +170,7 @@ class Connection:
         else:
             mark = None
             if self._listeners is None:
-                doubt = unfitness(sock, self._judge.backend)
+                doubt = unfitness(sock, self.judge.backend)
             else:
                 doubt = "no listener of ours has this port"
         if enforcement is None:
@@ -213,6 +210,12 @@ class Connection:
         """The loop's transport; None before it is handed over, and when it is gone."""
         return self._transport()
 
+    def resume_reading(self) -> None:
+        """Do what the loop's transport does for it, in the connection's context."""
+        transport = self._transport()
+        if transport is not None:
+            self.enter(type(transport).resume_reading, transport)  # type: ignore[attr-defined]
+
     def enter(self, callback: Callable[..., object], *arguments: object) -> None:
         """Call back in the connection's context."""
         # A copy can be entered from inside the context itself.
@@ -231,7 +234,7 @@ class Connection:
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._judge.report(
+            self.judge.report(
                 {
                     "message": f"Fatal error: protocol.{callback}() call failed.",
                     "exception": error,
@@ -246,11 +249,11 @@ class Connection:
         """Latch it, right before it is handed over; return what stands in the way."""
         sock: socket.socket | None = transport.get_extra_info("socket")
         token: Any = self.ptoken
-        made = guard_for(self, self._judge, token, options, listener, sock)
+        made = guard_for(self, self.judge, token, options, listener, sock)
         if isinstance(made, ProtectionError):
             return made
         self.guard = made
-        self._judge.latched.add(self)
+        self.judge.latched.add(self)
         return None
 
     @property
@@ -279,7 +282,7 @@ class Connection:
         if enforcement is not None:
             evidence = self.evidence = replace(evidence, enforced=enforcement.template)
             evidence = replace(evidence, doubt=enforcement.objection(evidence))
-        token = self._judge.resolve(evidence)
+        token = self.judge.resolve(evidence)
         if self._ceiling is Assurance.UNKNOWN:
             self._ceiling = token.assurance
         if token.assurance <= self._ceiling:
@@ -305,7 +308,7 @@ class Connection:
         self.evidence = Evidence(
             e.protocol, e.local, e.local_port, e.peer, e.peer_port, doubt=reason
         )
-        self._replace(self._judge.resolve(self.evidence))
+        self._replace(self.judge.resolve(self.evidence))
 
     def _enforced_otherwise(self) -> None:
         if self.extra is not None:
@@ -332,7 +335,6 @@ class Judge:
         "_loop",
         "_unsubscribe",
         "_when_closed",
-        "connections",
         "latched",
     )
 
@@ -343,8 +345,6 @@ class Judge:
         self._epoch = backend.epoch
         self._known: dict[tuple[bytes, bytes, int | None, int], PToken] = {}
         self._when_closed = backend.resolve(_nowhere("the backend is closed"))
-        self.connections: dict[int, ref[Connection]] = {}
-        """Those that have evidence, by their id(). Each leaves when it goes."""
         self.latched: WeakSet[Connection] = WeakSet()
         self._unsubscribe = backend.subscribe(weakly(self._changed))
 
@@ -419,9 +419,8 @@ class Judge:
             if latched.guard is not None:
                 latched.guard.look()
         closed = self.resolve(_nowhere("a trial")) is self._when_closed
-        for reference in list(self.connections.values()):
-            connection = reference()
-            if connection is not None:
+        for connection in registry.living():
+            if connection.judge is self:
                 connection.review(closed=closed)
 
 

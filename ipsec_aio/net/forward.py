@@ -36,20 +36,19 @@ def dress(transport: asyncio.Transport, connection: Connection) -> asyncio.Trans
     connection.carried_by(transport)
     if connection.guard is not None:
         return LatchedTransport(transport, connection, connection.guard)
-    own = getattr(transport, "__dict__", None)
-    if own is None:
+    if not type(transport).__dictoffset__:
         return ForwardingTransport(transport, connection)
-    # Weak, because a cycle would keep the transport from going at once.
-    itself = ref(transport)
-    own["_ipsec_connection"] = connection
-    own["resume_reading"] = partial(_resume, itself, connection)
+    own: Any = transport
+    own._ipsec_connection = connection
+    own.resume_reading = connection.resume_reading
     extra = getattr(transport, "_extra", None)
     if isinstance(extra, dict):
         extra["ptoken"] = connection.ptoken
         extra["ipsec_enforced"] = connection.enforced
         connection.extra = extra
     else:
-        own["get_extra_info"] = partial(_tell, itself, connection)
+        # Weak, because a cycle would keep the transport from going at once.
+        own.get_extra_info = partial(_tell, ref(transport), connection)
     return transport
 
 
@@ -68,12 +67,6 @@ def connection_of(transport: asyncio.BaseTransport) -> Connection | None:
     """Return what :func:`dress` was given; None for a transport that is not ours."""
     connection: Connection | None = getattr(transport, "_ipsec_connection", None)
     return connection
-
-
-def _resume(transport: ReferenceType[asyncio.Transport], connection: Connection) -> None:
-    target = transport()
-    if target is not None:
-        connection.enter(type(target).resume_reading, target)
 
 
 def _tell(

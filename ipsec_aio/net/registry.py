@@ -2,39 +2,44 @@
 
 SO_COOKIE is never reused while the machine runs, so a descriptor that was closed and given out
 again cannot be taken for the connection before it. Only what lives is kept: an entry goes with
-its cell, which belongs to the connection.
+its connection.
 """
 
 from __future__ import annotations
 
 import socket
+from typing import TYPE_CHECKING
 from weakref import ref
 
 from ipsec_aio.kernel.sockopts import socket_cookie
 
-from .context import TokenCell
+if TYPE_CHECKING:
+    from .connection import Connection
 
-__all__ = ["forget", "recall", "remember"]
+__all__ = ["forget", "living", "recall", "remember"]
 
 # Plain references, which their owners take out: one that does so itself costs five times as much.
-_cells: dict[int, ref[TokenCell]] = {}
+_connections: dict[int, ref[Connection]] = {}
 
 
-def remember(cookie: int, cell: TokenCell) -> None:
-    """Have :func:`recall` find the cell of the socket with this number.
-
-    Whoever calls it calls :func:`forget` when the cell goes.
-    """
-    _cells[cookie] = ref(cell)
+def remember(cookie: int, connection: Connection) -> None:
+    """Have :func:`recall` and :func:`living` find a connection, until it says :func:`forget`."""
+    _connections[cookie] = ref(connection)
 
 
 def forget(cookie: int) -> None:
-    """Keep no place for a socket any more. Idempotent."""
-    _cells.pop(cookie, None)
+    """A connection is going. Idempotent; in any thread."""
+    _connections.pop(cookie, None)
 
 
-def recall(sock: socket.socket) -> TokenCell | None:
-    """Return the cell of a connection of ours, None for any other socket."""
+def living() -> list[Connection]:
+    """Return all connections, of all loops."""
+    found = (reference() for reference in list(_connections.values()))
+    return [connection for connection in found if connection is not None]
+
+
+def recall(sock: socket.socket) -> Connection | None:
+    """Return the connection of ours that this is the socket of, None for any other socket."""
     cookie = socket_cookie(sock)
-    cell = None if cookie is None else _cells.get(cookie)
-    return None if cell is None else cell()
+    reference = None if cookie is None else _connections.get(cookie)
+    return None if reference is None else reference()

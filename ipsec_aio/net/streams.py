@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from contextvars import Context, copy_context
 from functools import partial
 from types import coroutine
@@ -290,18 +290,30 @@ class _Handover(asyncio.Protocol):
     What it refuses of a server's it resets.
     """
 
-    transport: asyncio.Transport | None = None
-    error: ProtectionError | None = None
-    begun = False
-    _waiting: asyncio.Task[None] | None = None
-    _raw: asyncio.Transport | None = None
-    _ended = _lost = False
+    __slots__ = (
+        "_connection",
+        "_early",
+        "_ended",
+        "_lost",
+        "_raw",
+        "_terms",
+        "_waiting",
+        "begun",
+        "error",
+        "protocol",
+        "transport",
+    )
 
     def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
         self.protocol = protocol
+        self.transport: asyncio.Transport | None = None
+        self.error: ProtectionError | None = None
         self._terms = terms
         self._connection = connection
-        self._early: list[bytes] = []
+        self._waiting: asyncio.Task[None] | None = None
+        self._raw: asyncio.Transport | None = None
+        self._early: Sequence[bytes] = ()
+        self.begun = self._ended = self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.begun = True
@@ -326,7 +338,7 @@ class _Handover(asyncio.Protocol):
         if raw is None or self._waiting is None:
             return  # it was reset
         raw.pause_reading()
-        self._early.append(data)
+        self._early = [*self._early, data]
         if accepting is not None:
             accepting.kept += len(data)
             if accepting.kept > KEPT_LIMIT:
@@ -440,6 +452,8 @@ class _Connecting(_Handover):
     connection was lost. What is refused is reset by who made it, since uvloop does not own the
     socket that it was given before it has returned.
     """
+
+    __slots__ = ("gone", "settled")
 
     def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
         super().__init__(terms, connection, protocol)
@@ -556,7 +570,9 @@ def _let_go(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         sock.detach()
 
 
-def _deliver(raw: asyncio.Transport, protocol: Any, pieces: list[bytes], *, ended: bool) -> None:
+def _deliver(
+    raw: asyncio.Transport, protocol: Any, pieces: Sequence[bytes], *, ended: bool
+) -> None:
     """Call a protocol as the loop would have."""
     for data in pieces:
         if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):

@@ -54,9 +54,9 @@ def get_ptoken(
         fd = fd.fileno()
     # A duplicate is the same socket to the kernel, and closing it closes nothing.
     with socket.socket(fileno=os.dup(fd)) as sock:
-        cell = recall(sock)
-        if cell is not None and cell.ptoken is not None:
-            return cell.ptoken
+        connection = recall(sock)
+        if connection is not None and connection.ptoken is not None:
+            return connection.ptoken
         peer = sock.getpeername()
         chosen = current_backend(backend)
         evidence = _evidence(sock, peer, chosen)

@@ -77,7 +77,7 @@ async def test_udp_and_ipv6() -> None:
 
 async def test_a_connection_of_ours_has_its_own(tcp: Any) -> None:
     near, far, _ = tcp
-    cell = TokenCell(get_ptoken(near, backend=memory()))
+    cell: Any = TokenCell(get_ptoken(near, backend=memory()))
     cookie = socket_cookie(far)
     assert cookie is not None
     registry.remember(cookie, cell)

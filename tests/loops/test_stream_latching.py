@@ -499,7 +499,7 @@ async def test_it_may_be_closed_from_its_callbacks() -> None:
             self.transport.close()
 
     async with latched(backed(), kind=Leaving) as (protocol, _, _):
-        backend = protocol.transport._ipsec_connection._judge.backend
+        backend = protocol.transport._ipsec_connection.judge.backend
         backend.flush_sas()
         await protocol.log.until("lost")
         assert "pause" not in protocol.log.kinds

@@ -53,23 +53,28 @@ class TestContext:
 
 class TestRegistry:
     def test_a_socket_is_known_by_whatever_names_it(self) -> None:
-        cell = TokenCell(token())
+        connection: Any = TokenCell(token())
         with socket.socket() as sock, socket.socket() as other, sock.dup() as same:
             cookie = socket_cookie(sock)
             assert cookie is not None
-            registry.remember(cookie, cell)
-            assert registry.recall(same) is cell
+            registry.remember(cookie, connection)
+            assert registry.recall(same) is connection
             assert registry.recall(other) is None
+            assert connection in registry.living()
             registry.forget(cookie)
             registry.forget(cookie)
             assert registry.recall(sock) is None
+            assert connection not in registry.living()
 
-    def test_a_cell_that_is_gone_is_nobodys(self) -> None:
+    def test_a_connection_that_is_gone_is_nobodys(self) -> None:
+        gone: Any = TokenCell()
         with socket.socket() as sock:
             cookie = socket_cookie(sock)
             assert cookie is not None
-            registry.remember(cookie, TokenCell())
+            registry.remember(cookie, gone)
+            del gone
             assert registry.recall(sock) is None
+            assert None not in registry.living()
             registry.forget(cookie)
 
     def test_a_closed_socket_is_nobodys(self) -> None:
