@@ -157,7 +157,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         """What was received, and what was refused and why: a snapshot."""
         coming = self._not_delivered()
         return self._counters.snapshot(
-            received=-len(coming), protected=-sum(verdict.protected for _, verdict in coming)
+            received=-len(coming), protected=-sum(token.protected for _, token in coming)
         )
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
@@ -220,28 +220,90 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             self._loop.add_reader(self._fd, self._on_readable)
 
     def _on_readable(self) -> None:
-        if not self.is_reading():
+        if self._reading_paused or self._closing:
+            return
+        batch = self._batch
+        if batch is None:
+            self._receive_some()
+        elif self._sparse:
+            self._sparse -= 1
+            self._receive_one()
+        else:
+            self._receive_batch(batch)
+
+    def _receive_one(self) -> None:
+        assert self._sock is not None  # noqa: S101
+        try:
+            data, told, flags, addr = self._sock.recvmsg(self._receive_size, _CONTROL_BUFFER)
+        except (BlockingIOError, InterruptedError):
+            self._watch_again()
+            return
+        except Exception as exc:
+            self._failed(exc)
             return
         witness = self._witness
-        if witness.before() and self._batch is not None:
-            if not self._sparse:
-                self._receive_batch(self._batch)
+        witness.look()
+        if not (flags or self._backlog or self._waiting):
+            beside = (addr, *told)
+            counters = self._counters
+            entry = witness.find_protected(beside)
+            if entry is not None:
+                counters.protected += 1
+            else:
+                entry = witness.find_clear(beside)
+            if entry is not None:
+                counters.received += 1
+                self._hand_over(data, *entry)
                 return
-            self._sparse -= 1
-            received, emptied, error = self._receive(1)
-            witness.after(emptied=emptied)
-            if received and not self._backlog and not self._waiting:
-                ((data, told, flags, addr),) = received
-                verdict = witness.judge(addr, told, flags)
-                if not verdict.waits:
-                    self._counters.received += 1
-                    self._conclude(data, addr, verdict)
-                    current.set(None)
-                    return
-        else:
-            received, emptied, error = self._receive(BATCH)
-            witness.after(emptied=emptied)
-        judge = witness.judge
+        self._backlog.append((data, addr, witness.judge(addr, told, flags)))
+        self._deliver()
+
+    def _receive_batch(self, batch: Batch) -> None:
+        if batch.thread != get_ident():
+            batch = self._batch = cast("Batch", batch_for(*self._batch_kind))
+        try:
+            payloads, evidence, odd = batch.receive(self._fd, self._expected)
+        except (BlockingIOError, InterruptedError):
+            self._sparse = SPARSE
+            self._watch_again()
+            return
+        except OSError as exc:
+            self._failed(exc)
+            return
+        if len(payloads) == 1:
+            self._sparse = SPARSE
+        witness = self._witness
+        witness.look()
+        if not (odd or self._backlog or self._waiting):
+            welcome = witness.welcome(evidence)
+            if welcome is not None:
+                entries, protected = welcome
+                self._counters.received += len(entries)
+                self._counters.protected += protected
+                self._deliver_batch(payloads, entries)
+                return
+        for unexpected in odd.values():
+            self._expected = unexpected.length
+        judged = witness.judge_batch(evidence, odd)
+        self._backlog.extend([(data, *each) for data, each in zip(payloads, judged, strict=True)])
+        self._deliver()
+
+    def _receive_some(self) -> None:
+        """Receive where there are no batches."""
+        received: list[_Received] = []
+        error: Exception | None = None
+        assert self._sock is not None  # noqa: S101
+        recvmsg = self._sock.recvmsg
+        size = self._receive_size
+        try:
+            for _ in range(BATCH):
+                received.append(recvmsg(size, _CONTROL_BUFFER))
+        except (BlockingIOError, InterruptedError):
+            pass
+        except Exception as exc:
+            error = exc
+        self._witness.look()
+        judge = self._witness.judge
         self._backlog.extend(
             [(data, addr, judge(addr, told, flags)) for data, told, flags, addr in received]
         )
@@ -251,41 +313,10 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         elif not received:
             self._watch_again()
 
-    def _receive_batch(self, batch: Batch) -> None:
-        if batch.thread != get_ident():
-            batch = self._batch = cast("Batch", batch_for(*self._batch_kind))
-        witness = self._witness
-        try:
-            payloads, evidence, odd = batch.receive(self._fd, self._expected)
-        except (BlockingIOError, InterruptedError) as exc:
-            self._sparse = SPARSE
-            witness.after(emptied=isinstance(exc, BlockingIOError))
-            self._watch_again()
-            return
-        except OSError as exc:
-            witness.after(emptied=False)
-            self._failed(exc)
-            return
-        if len(payloads) == 1:
-            self._sparse = SPARSE
-        witness.after(emptied=False)
-        entries, protected = witness.judge_batch(evidence, odd)
-        if protected is not None and not self._backlog and not self._waiting:
-            counters = self._counters
-            counters.received += len(payloads)
-            counters.protected += protected
-            self._deliver_batch(payloads, entries)
-            return
-        for unexpected in odd.values():
-            self._expected = unexpected.length
-        self._backlog.extend(
-            [(data, *entry) for data, entry in zip(payloads, entries, strict=True)]
-        )
-        self._deliver()
-
     def _failed(self, error: Exception) -> None:
         if self._closing:
             return
+        current.set(None)
         if isinstance(error, OSError):
             self._watch_again()
             self._protocol.error_received(error)
@@ -301,23 +332,6 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             self._loop.remove_writer(self._fd)
             self._loop.add_writer(self._fd, self._on_writable)
 
-    def _receive(self, limit: int) -> tuple[list[_Received], bool, Exception | None]:
-        """Take some, one by one; say whether the queue was seen empty, and what went wrong."""
-        received: list[_Received] = []
-        assert self._sock is not None  # noqa: S101
-        recvmsg = self._sock.recvmsg
-        size = self._receive_size
-        try:
-            for _ in range(limit):
-                received.append(recvmsg(size, _CONTROL_BUFFER))
-        except BlockingIOError:
-            return received, True, None
-        except InterruptedError:
-            pass
-        except Exception as exc:
-            return received, False, exc
-        return received, False, None
-
     def _deliver_batch(self, payloads: Sequence[bytes], entries: list[Entry]) -> None:
         """Deliver what is welcome. Here each nanosecond is paid for every datagram."""
         self._coming = coming = iter(payloads)
@@ -327,8 +341,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         gives_token = self._gives_token
         set_token = current.set
         last = None
-        for data, (addr, verdict) in zip(coming, entries, strict=False):
-            token = verdict.token
+        for data, (addr, token) in zip(coming, entries, strict=False):
             if token is not last:
                 set_token(token)
                 last = token
@@ -349,7 +362,6 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 self._deliver()
                 return
         self._entries = []
-        current.set(None)
 
     def _not_delivered(self) -> list[Entry]:
         return self._entries[len(self._entries) - length_hint(self._coming) :]
@@ -358,11 +370,12 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         """Leave the rest of a batch to the backlog, which counts as it delivers."""
         entries = self._not_delivered()
         self._entries = []
+        judged = [(addr, Verdict(token, None)) for addr, token in entries]
         self._backlog.extend(
-            [(data, *entry) for data, entry in zip(self._coming, entries, strict=True)]
+            [(data, *each) for data, each in zip(self._coming, judged, strict=True)]
         )
-        self._counters.received -= len(entries)
-        self._counters.protected -= sum(verdict.protected for _, verdict in entries)
+        self._counters.received -= len(judged)
+        self._counters.protected -= sum(verdict.protected for _, verdict in judged)
 
     def _deliver(self) -> None:
         """Deliver or refuse: first what waits no longer, then what has come since."""
@@ -390,12 +403,17 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             counters.protected += 1
         elif verdict.unknown:
             counters.unknown += 1
-        current.set(verdict.token)
+        self._hand_over(data, addr, verdict.token, verdict.error)
+
+    def _hand_over(
+        self, data: bytes, addr: Any, token: PToken, error: ProtectionError | None = None
+    ) -> None:
+        current.set(token)
         try:
-            if verdict.error is not None:
-                self._refuse(addr, verdict.error)
+            if error is not None:
+                self._refuse(addr, error)
             elif self._gives_token:
-                self._protocol.datagram_received(data, addr, verdict.token)
+                self._protocol.datagram_received(data, addr, token)
             else:
                 self._protocol.datagram_received(data, addr)
         except (SystemExit, KeyboardInterrupt):

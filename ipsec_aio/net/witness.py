@@ -2,12 +2,12 @@
 
 Rules:
 
-* Per wake-up: :meth:`Witness.before`, receive, :meth:`Witness.after`, then :meth:`Witness.judge`
-  for each datagram, then deliver. ``after`` drains the backend, so that a token knows at least
-  what the kernel had told when the datagram was received.
+* Per wake-up: receive, :meth:`Witness.look`, then judge each datagram, then deliver. ``look``
+  drains the backend, so that a token knows at least what the kernel had told when the datagram
+  was received.
 * A stamp covers a datagram only if it was verified before the datagram arrived. What may have
-  waited in the receive queue since before is in doubt, until the queue was seen empty once. A
-  socket that is idle when a stamp is restored is looked at right then (:meth:`Witness.watch`).
+  waited in the receive queue since before is in doubt, until the queue was seen empty once, which
+  is looked for at once (:meth:`Witness.watch`) and then after each receiving.
 * A verdict is kept by its raw evidence (sender and control messages) as long as the backend's
   epoch and the stamp stay as they are. Kept are at most ``PROTECTED_LIMIT`` protected peers,
   ``CACHE_LIMIT`` clear ones, and as many that are UNKNOWN or refused: none of these kinds pushes
@@ -22,7 +22,7 @@ import select
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     from .batch import Odd
     from .enforce import Enforcement
 
-__all__ = ["CACHE_LIMIT", "PROTECTED_LIMIT", "Entry", "Verdict", "Witness", "runs_udp"]
+__all__ = ["CACHE_LIMIT", "PROTECTED_LIMIT", "Entry", "Judged", "Verdict", "Witness", "runs_udp"]
+
+_T = TypeVar("_T")
 
 CACHE_LIMIT = 16384
 PROTECTED_LIMIT = 131072
@@ -88,8 +90,10 @@ class Verdict:
         self.unknown = token.assurance is Assurance.UNKNOWN
 
 
-Entry = tuple[Any, Verdict]
-"""A sender's address, and the verdict on its datagrams."""
+Entry = tuple[Any, "PToken"]
+"""A sender's address, and the token of its datagrams, which are welcome."""
+Judged = tuple[Any, Verdict]
+"""A sender's address, and the verdict on a datagram of it."""
 
 
 class Witness:
@@ -117,20 +121,23 @@ class Witness:
         self._pinning = Pinning(backend)
         self._ip = _runs_ip(sock)
         self._family = sock.family
-        # Welcome and known; how many of them are not protected; and all the others.
-        self._welcome: dict[object, Entry] = {}
-        self._clear = 0
-        self._others: dict[object, Entry] = {}
+        # Welcome: protected, or known not to be. And all the others.
+        self._protected: dict[object, Entry] = {}
+        self._clear: dict[object, Entry] = {}
+        self._others: dict[object, Judged] = {}
+        self.find_protected: Callable[[object], Entry | None] = self._protected.get
+        self.find_clear: Callable[[object], Entry | None] = self._clear.get
         self._state: object = None
+        self._gap = False
         self._unsubscribe: Callable[[], None] = _nothing
         self._configured: int | None = None
-        self._readable = self._expects_mark = self._tells_fragments = self._gap = False
+        self._readable = self._expects_mark = self._tells_fragments = False
         self._local = b""
         self._port = 0
         self._doubt = self._unfitness()
         self._when_closed = self._check(backend.resolve(_unknown("the backend is closed")))
         self._locate()
-        self._before = self._generation = self._stamp()
+        self._generation = self._stamp()
         self._covered = covered or 0
         if covered is None:
             self._cover()
@@ -154,99 +161,94 @@ class Witness:
         if stamp != self._covered and not _is_readable(self._sock):
             self._covered = stamp
 
-    def before(self) -> bool:
-        """Note which stamp is in place, before receiving.
-
-        False: something in the queue may be from before the stamp, so receive until it is empty.
-        """
-        self._before = self._stamp()
-        return self._before == self._covered
-
-    def after(self, *, emptied: bool) -> None:
-        """Take in what the backend knows by now. ``emptied``: the receive queue was seen empty."""
+    def look(self) -> None:
+        """Take in what the backend knows by now: after receiving, before judging."""
+        backend = self._backend
         try:
-            self._backend.drain()
-            epoch = self._backend.epoch
+            backend.drain()
+            epoch = backend.epoch
         except BackendError:
             epoch = -1
-        self._generation = self._stamp()
-        self._gap = self._generation not in (0, self._covered)
+        generation = self._stamp()
         enforced = 0 if self._enforcement is None else self._enforcement.version
-        state = epoch, self._generation, self._gap, enforced
+        # A stamp that is lost and restored has another generation: nothing was in between.
+        covered = self._covered
+        state = epoch, generation, covered, enforced
         if state != self._state:
             self._state = state
+            self._generation = generation
+            self._gap = generation not in (0, covered)
             self._forget()
-        if emptied:
-            self._covered = self._before
+        if generation != covered:
+            self._cover()
         if not self._port:
             self._locate()
+
+    def welcome(self, evidence: Sequence[bytes]) -> tuple[list[Entry], int] | None:
+        """Return sender and token of datagrams that a :class:`~.batch.Batch` has received.
+
+        The number says how many are protected. None where one of them is not known to be welcome,
+        so that each has to be judged. ``find_protected`` and ``find_clear`` do the same for one
+        datagram, by its address and control messages in one tuple.
+        """
+        found = list(map(self.find_protected, evidence))
+        if all(found):
+            return cast("list[Entry]", found), len(found)
+        if not self._clear:
+            return None
+        protected = len(found) - found.count(None)
+        found = [
+            entry or self.find_clear(beside) for entry, beside in zip(found, evidence, strict=True)
+        ]
+        return (cast("list[Entry]", found), protected) if all(found) else None
 
     def judge(self, addr: Any, ancillary: Sequence[ControlMessage], flags: int) -> Verdict:
         """Return the verdict on one datagram, described as ``recvmsg`` does."""
         if flags & _TRUNCATED:
             return self._verdict(self._evidence(addr, ancillary, "truncated"))
         key = (addr, *ancillary)
-        entry = self._welcome.get(key) or self._others.get(key)
-        return (self._learn(key, addr, ancillary) if entry is None else entry)[1]
+        judged = self._known(key)
+        return (self._learn(key, addr, ancillary) if judged is None else judged)[1]
 
-    def judge_batch(
-        self, evidence: Sequence[bytes], odd: Mapping[int, Odd]
-    ) -> tuple[list[Entry], int | None]:
-        """Return sender and verdict of datagrams that a :class:`~.batch.Batch` has received.
-
-        The number says how many are protected; then all are welcome and none is UNKNOWN. It is
-        None where that is not so, and each verdict has to be looked at.
-        """
-        found = list(map(self._welcome.get, evidence))
-        if not odd and all(found):
-            entries = cast("list[Entry]", found)
-            if not self._clear:
-                return entries, len(entries)
-            if self._clear == len(self._welcome):
-                return entries, 0
-            return entries, sum(verdict.protected for _, verdict in entries)
+    def judge_batch(self, evidence: Sequence[bytes], odd: Mapping[int, Odd]) -> list[Judged]:
+        """Return sender and verdict of datagrams that a :class:`~.batch.Batch` has received."""
         return [
-            self._judge_odd(odd[index])
-            if index in odd
-            else entry or self._others.get(beside) or self._judge_new(beside)
-            for index, (entry, beside) in enumerate(zip(found, evidence, strict=True))
-        ], None
+            self._judge_odd(odd[index]) if index in odd else self._judge_raw(beside)
+            for index, beside in enumerate(evidence)
+        ]
 
-    def _judge_odd(self, odd: Odd) -> Entry:
-        beside = odd.evidence
+    def _judge_odd(self, odd: Odd) -> Judged:
         if odd.flags & _TRUNCATED:
-            addr, ancillary = address(self._family, beside)
+            addr, ancillary = address(self._family, odd.evidence)
             return addr, self._verdict(self._evidence(addr, ancillary, "truncated"))
-        return self._welcome.get(beside) or self._others.get(beside) or self._judge_new(beside)
+        return self._judge_raw(odd.evidence)
 
-    def _judge_new(self, beside: bytes) -> Entry:
-        return self._learn(beside, *address(self._family, beside))
+    def _judge_raw(self, beside: bytes) -> Judged:
+        return self._known(beside) or self._learn(beside, *address(self._family, beside))
 
-    def _learn(self, key: object, addr: Any, ancillary: Sequence[ControlMessage]) -> Entry:
+    def _known(self, key: object) -> Judged | None:
+        entry = self.find_protected(key) or self.find_clear(key)
+        if entry is None:
+            return self._others.get(key)
+        addr, token = entry
+        return addr, Verdict(token, None)
+
+    def _learn(self, key: object, addr: Any, ancillary: Sequence[ControlMessage]) -> Judged:
         verdict = self._verdict(self._evidence(addr, ancillary))
-        entry = addr, verdict
         if verdict is self._when_closed:
-            return entry
+            return addr, verdict
         if verdict.unknown or verdict.error is not None:
-            if len(self._others) >= CACHE_LIMIT:
-                self._others.clear()
-            self._others[key] = entry
-            return entry
-        if verdict.protected:
-            if len(self._welcome) - self._clear >= PROTECTED_LIMIT:
-                self._forget()
+            _keep(self._others, CACHE_LIMIT, key, (addr, verdict))
+        elif verdict.protected:
+            _keep(self._protected, PROTECTED_LIMIT, key, (addr, verdict.token))
         else:
-            if self._clear >= CACHE_LIMIT:
-                kept = {k: e for k, e in self._welcome.items() if e[1].protected}
-                self._welcome, self._clear = kept, 0
-            self._clear += 1
-        self._welcome[key] = entry
-        return entry
+            _keep(self._clear, CACHE_LIMIT, key, (addr, verdict.token))
+        return addr, verdict
 
     def _forget(self) -> None:
-        self._welcome.clear()
+        self._protected.clear()
+        self._clear.clear()
         self._others.clear()
-        self._clear = 0
 
     def again(self, verdict: Verdict) -> Verdict:
         """Return what a verdict that waited is by now, with the channel's token."""
@@ -397,6 +399,12 @@ class Witness:
         error = require.check(token)
         waits = pending and error is not None and require.decide(token) is None
         return Verdict(token, error, waits=waits)
+
+
+def _keep(cache: dict[object, _T], limit: int, key: object, value: _T) -> None:
+    if len(cache) >= limit:
+        cache.clear()
+    cache[key] = value
 
 
 def _nothing() -> None:

@@ -351,7 +351,7 @@ async def test_batches_where_much_arrives_only(batches: Batches) -> None:
 async def test_a_stamp_that_changes_is_seen_by_batches(
     monkeypatch: pytest.MonkeyPatch, batches: Batches
 ) -> None:
-    """What may be older than the stamp is in doubt until recvmsg has seen the queue empty."""
+    """What may be older than the stamp is in doubt until the queue was seen empty."""
     monkeypatch.setattr(datagram, "SPARSE", 0)
     facts = backend()
     with marked(SPI) as sock:
@@ -362,13 +362,12 @@ async def test_a_stamp_that_changes_is_seen_by_batches(
         facts.stamps[0].generation = 8
         facts.set_generation(8)
         await protocol.log.until("data", 100)
-        assert not batches.sizes
         assert not any(token.protected for _, _, token, _ in protocol.log.of("data"))
         for _ in range(100):
             sock.sendto(b"x", own.getsockname())
         await protocol.log.until("data", 200)
     assert all(token.protected for _, _, token, _ in protocol.log.of("data")[100:])
-    assert batches.sizes == [64, 36]
+    assert batches.sizes == [64, 36, 64, 36]
     await close(transport)
 
 
@@ -396,7 +395,8 @@ async def test_spoofed_sources_push_out_no_protected_peer(
                 await until(lambda turn=turn: transport.ipsec_stats.received == 2 * turn + 2)
         here = sock.getsockname()[1]
     kept = transport._witness
-    assert len(kept._welcome) <= 51
+    assert len(kept._protected) == 1
+    assert len(kept._clear) <= 50
     assert len(kept._others) <= 50
     asked = [e for e in facts.evidence if e.peer_port == here and e.spi == SPI]
     assert len(asked) == 1
@@ -414,7 +414,7 @@ async def test_protected_peers_are_bounded_too(monkeypatch: pytest.MonkeyPatch) 
         with marked(SPI) as sock:
             sock.sendto(b"x", own.getsockname())
         await protocol.log.until("data", count)
-        assert len(transport._witness._welcome) <= 20
+        assert len(transport._witness._protected) <= 20
     assert transport.ipsec_stats.protected == 100
     await close(transport)
 

@@ -295,7 +295,7 @@ class TestTime:
             with marked(SPI) as sock:
                 sock.sendto(b"x", transport.get_extra_info("sockname"))
                 await protocol.log.until("data", count)
-        assert len(transport._witness._welcome) <= 4
+        assert len(transport._witness._protected) <= 4
         await close(transport)
 
 
