@@ -19,6 +19,7 @@ from dataclasses import fields, replace
 from operator import attrgetter
 from typing import TypeVar
 
+from .compact import own, shared
 from .enums import Direction, PolicyAction
 from .events import (
     DefaultActions,
@@ -65,6 +66,8 @@ _IPSEC_PROTO_ANY = 255
 _IPSEC_PROTOS = (IPPROTO_ESP, IPPROTO_AH, IPPROTO_COMP)
 _ALLOWED = DefaultActions(PolicyAction.ALLOW, PolicyAction.ALLOW, PolicyAction.ALLOW)
 _T = TypeVar("_T", SA, Template)
+# What of an SA's own matters; most others share the rest with their kind.
+_own = attrgetter(*(name for name in own(SA) if name != "usage"))
 _lasting = attrgetter(*(f.name for f in fields(SA) if f.name not in ("usage", "lifetime")))
 
 
@@ -176,6 +179,8 @@ class Mirror:
 
     def advance(self, now: float) -> None:
         """Let tombstones expire and policies come of age."""
+        if not (self._tombs or self._young):
+            return
         changed = False
         while any(_forgotten(record) <= now for record in self._oldest()):
             self._forget_oldest()
@@ -210,17 +215,14 @@ class Mirror:
         staging = self._staging
         if staging is None:
             raise RuntimeError("load() outside a resync")
-        match event:
-            case SAAdded(sa):
-                if any(True for _ in staging.sad.numbered(sa.spi)):
-                    staging.sad.pop(sa.key)
-                staging.sad.add(Record(sa, now))
-            case PolicyAdded(policy):
-                staging.spd.load(policy, now)
-            case DefaultActions():
-                staging.defaults = event
-            case _:
-                raise ValueError(f"not a record of a dump: {event!r}")
+        if isinstance(event, SAAdded):
+            staging.sad.load(Record(event.sa, now))
+        elif isinstance(event, PolicyAdded):
+            staging.spd.load(event.policy, now)
+        elif isinstance(event, DefaultActions):
+            staging.defaults = event
+        else:
+            raise ValueError(f"not a record of a dump: {event!r}")
 
     def finish_resync(self, now: float) -> bool:
         """Swap the new tables in; False where too many events waited, and it must begin again.
@@ -239,11 +241,11 @@ class Mirror:
         for event in backlog:
             self._play(event, now)
         for record in old.sad:
-            current = self.get(record.sa.key)
+            current = staging.sad.twin(record.sa)
             if (
                 current is None
-                or not _same(current, record.sa)
-                or current.usage.add_time != record.sa.usage.add_time
+                or not _same(current.sa, record.sa)
+                or current.sa.usage.add_time != record.sa.usage.add_time
             ):
                 self._bury(record, now)
         self.synced = True
@@ -400,4 +402,4 @@ def _moved(event: SAMigrated, item: _T) -> _T:
 
 def _same(one: SA, other: SA) -> bool:
     """Whether two SAs of one key protect alike: counters and lifetimes do not count."""
-    return _lasting(one) == _lasting(other)
+    return _own(one) == _own(other) and (shared(one, other) or _lasting(one) == _lasting(other))
