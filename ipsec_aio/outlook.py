@@ -63,7 +63,7 @@ def _flat(ties: Iterable[Iterable[Policy]]) -> tuple[Policy, ...]:
 
 def _inbound(resolver: Resolver, flow: Flow) -> Iterator[Record]:
     own = resolver.is_own
-    for record in resolver.mirror.sad.admitting(flow.source):
+    for record in resolver.mirror.sad.admitting(flow.source, flow.destination):
         sa = record.sa
         if (
             sa.proto in PROTECTING
@@ -81,7 +81,7 @@ def _inbound(resolver: Resolver, flow: Flow) -> Iterator[Record]:
 
 def _outbound(resolver: Resolver, flow: Flow) -> Iterator[Record]:
     own, sad = resolver.is_own, resolver.mirror.sad
-    for record in chain(sad.between(flow.source, flow.destination), sad.tunnels()):
+    for record in sad.admitting(flow.source, flow.destination, Direction.OUT):
         sa = record.sa
         if (
             sa.proto in PROTECTING

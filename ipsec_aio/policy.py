@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .compact import compact
 from .enums import Direction, Mode, PolicyAction
 from .flow import Mark, Selector
 from .sa import IPPROTO_AH, IPPROTO_ESP, Lifetime, Usage
@@ -12,7 +13,8 @@ from .sa import IPPROTO_AH, IPPROTO_ESP, Lifetime, Usage
 __all__ = ["Policy", "PolicyKey", "Template"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@compact("source", "destination", "spi", "reqid")
+@dataclass(frozen=True, kw_only=True)
 class Template:
     """``struct xfrm_user_tmpl``: one transformation that a policy asks for.
 
@@ -44,7 +46,8 @@ class PolicyKey(NamedTuple):
     kind: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@compact("selector", "index", "templates", "mark", "if_id", "usage")
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """A policy of the SPD. Lower ``priority`` numbers win.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .compact import compact
 from .enums import Direction, Mode
 from .flow import Mark, Selector, format_address
 
@@ -121,7 +122,18 @@ class SAKey(NamedTuple):
 _NO_SELECTOR = Selector()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@compact(
+    "destination",
+    "spi",
+    "source",
+    "reqid",
+    "mark",
+    "if_id",
+    "encapsulation",
+    "selector",
+    "usage",
+)
+@dataclass(frozen=True, kw_only=True)
 class SA:
     """A security association (RFC 4301 4.4.2; ``struct xfrm_usersa_info`` and its attributes).
 

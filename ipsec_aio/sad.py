@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from math import inf
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from .enums import Direction, Mode
-from .flow import Mark
+from .flow import Mark, Selector
+from .prefixes import Place, Prefixes, places
 from .sa import IPPROTO_COMP, SA, SAKey
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["SAD", "Index", "Record"]
 
 _K = TypeVar("_K")
+_key = attrgetter("destination", "proto", "mark", "if_id")
 _TUNNELS = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
 
 
@@ -45,35 +48,41 @@ _Group: TypeAlias = "Record | dict[Record, None]"
 
 
 class Index:
-    """Records by SPI, by outer addresses, by the source that their selectors admit, and those of
-    tunnels; in the order of their arrival.
+    """Records by SPI, by outer addresses, and by the addresses that their selectors admit.
+
+    Of equal standing they come in the order of their arrival.
     """
 
-    __slots__ = ("_by_pair", "_by_source", "_by_spi", "_tunnels")
+    __slots__ = ("_by_spi", "_narrow", "_selected", "_wide")
 
     def __init__(self) -> None:
         self._by_spi: dict[int, _Group] = {}
-        self._by_pair: dict[tuple[bytes, bytes], _Group] = {}
-        self._by_source: dict[bytes, _Group] = {}
-        self._tunnels: dict[bytes, _Group] = {}
+        # Those whose selectors name addresses …
+        self._narrow = _Ends()
+        # … by these, unless they are the SA's own: there those are found.
+        self._selected: Prefixes[_Group] = Prefixes()
+        # Those whose selectors name none, by direction: there may be very many.
+        self._wide: dict[Direction | None, _Ends] = {}
+
+    def __iter__(self) -> Iterator[Record]:
+        return chain.from_iterable(map(_members, self._by_spi.values()))
 
     def add(self, record: Record) -> None:
         """Put a record in."""
         sa = record.sa
         _put(self._by_spi, sa.spi, record)
-        _put(self._by_pair, (sa.source, sa.destination), record)
-        _put(self._by_source, _only_source(sa), record)
-        if sa.mode in _TUNNELS:
-            _put(self._tunnels, sa.source, record)
+        self._ends(sa).add(record)
+        for shape, key in _selected(sa):
+            _put(self._selected.at(shape), key, record)
 
     def remove(self, record: Record) -> None:
         """Take a record out."""
         sa = record.sa
         _discard(self._by_spi, sa.spi, record)
-        _discard(self._by_pair, (sa.source, sa.destination), record)
-        _discard(self._by_source, _only_source(sa), record)
-        if sa.mode in _TUNNELS:
-            _discard(self._tunnels, sa.source, record)
+        self._ends(sa).remove(record)
+        for shape, key in _selected(sa):
+            _discard(self._selected.at(shape), key, record)
+            self._selected.prune(shape)
 
     def numbered(self, spi: int) -> Iterable[Record]:
         """Return the SAs with this SPI, whatever their protocol."""
@@ -81,7 +90,9 @@ class Index:
 
     def between(self, source: bytes, destination: bytes) -> Iterable[Record]:
         """Return the SAs with these outer addresses."""
-        return _members(self._by_pair.get((source, destination)))
+        return chain.from_iterable(
+            ends.between(source, destination) for ends in (self._narrow, *self._wide.values())
+        )
 
     def transports(self, peer: bytes, local: bytes) -> Iterable[Record]:
         """Return the SAs whose outer addresses fit this traffic without a tunnel."""
@@ -91,21 +102,100 @@ class Index:
             self.between(bytes(len(peer)), local),
         )
 
-    def admitting(self, source: bytes) -> Iterable[Record]:
-        """Return the SAs whose selectors may admit traffic from this address, whoever sent it."""
-        return chain(_members(self._by_source.get(source)), _members(self._by_source.get(b"")))
+    def admitting(
+        self, source: bytes, destination: bytes, direction: Direction = Direction.IN
+    ) -> Iterable[Record]:
+        """Return the SAs whose selectors may admit traffic between these addresses.
+
+        What serves only the other direction may be left out.
+        """
+        return chain(
+            (r for r in self._narrow.between(source, destination) if _names_its_ends(r.sa)),
+            chain.from_iterable(map(_members, self._selected.matching(source, destination))),
+            self._wide.get(direction, ()),
+            self._wide.get(None, ()),
+        )
 
     def tunnels(self, source: bytes | None = None) -> Iterable[Record]:
         """Return the SAs in a tunnel mode: all, or those with this outer source address."""
-        if source is None:
-            return chain.from_iterable(map(_members, self._tunnels.values()))
-        return _members(self._tunnels.get(source))
+        found = (
+            self
+            if source is None
+            else chain.from_iterable(e.of(source) for e in (self._narrow, *self._wide.values()))
+        )
+        return (record for record in found if record.sa.mode in _TUNNELS)
+
+    def _ends(self, sa: SA) -> _Ends:
+        if not _is_wide(sa.selector):
+            return self._narrow
+        ends = self._wide.get(sa.direction)
+        if ends is None:
+            ends = self._wide[sa.direction] = _Ends()
+        return ends
 
 
-def _only_source(sa: SA) -> bytes:
-    """Return the one source address that an SA's selector admits, nothing where there are more."""
+class _Ends:
+    """Records by outer source address and, where several have that, by the destination."""
+
+    __slots__ = ("_by_source",)
+
+    def __init__(self) -> None:
+        self._by_source: dict[bytes, Record | dict[bytes, _Group]] = {}
+
+    def __iter__(self) -> Iterator[Record]:
+        return chain.from_iterable(map(self.of, self._by_source))
+
+    def add(self, record: Record) -> None:
+        sa = record.sa
+        found = self._by_source.setdefault(sa.source, record)
+        if found is record:
+            return
+        if isinstance(found, Record):
+            found = self._by_source[sa.source] = {found.sa.destination: found}
+        _put(found, sa.destination, record)
+
+    def remove(self, record: Record) -> None:
+        source = record.sa.source
+        found = self._by_source[source]
+        if isinstance(found, Record):
+            del self._by_source[source]
+            return
+        _discard(found, record.sa.destination, record)
+        if len(found) == 1:
+            (left,) = found.values()
+            if isinstance(left, Record):
+                self._by_source[source] = left
+
+    def of(self, source: bytes) -> Iterable[Record]:
+        found = self._by_source.get(source)
+        if isinstance(found, dict):
+            return chain.from_iterable(map(_members, found.values()))
+        return _members(found)
+
+    def between(self, source: bytes, destination: bytes) -> Iterable[Record]:
+        found = self._by_source.get(source)
+        if isinstance(found, dict):
+            return _members(found.get(destination))
+        return _members(found) if found and found.sa.destination == destination else ()
+
+
+def _is_wide(selector: Selector) -> bool:
+    return not (selector.source_prefix or selector.destination_prefix)
+
+
+def _names_its_ends(sa: SA) -> bool:
+    """Whether an SA's selector names its two outer addresses: in transport mode most do."""
     selector = sa.selector
-    return selector.source if selector.source_prefix == 8 * len(selector.source) else b""
+    return (
+        selector.source == sa.source
+        and selector.destination == sa.destination
+        and selector.source_prefix == selector.destination_prefix == 8 * len(sa.source)
+        and selector.source_prefix > 0
+    )
+
+
+def _selected(sa: SA) -> Iterable[Place]:
+    return () if _is_wide(sa.selector) or _names_its_ends(sa) else places(sa.selector)
 
 
 def _members(group: _Group | None) -> Iterable[Record]:
@@ -157,9 +247,6 @@ class SAD(Index):
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[Record]:
-        return chain.from_iterable(map(_members, self._by_spi.values()))
-
     def get(self, key: SAKey) -> Record | None:
         """Return the SA with this key."""
         group = self._by_spi.get(key.spi)
@@ -167,15 +254,29 @@ class SAD(Index):
             return group if group.sa.key == key else None
         return None if group is None else self._crowded.get(key)
 
+    def twin(self, sa: SA) -> Record | None:
+        """Return the SA with the key of this one."""
+        group = self._by_spi.get(sa.spi)
+        if isinstance(group, Record):
+            return group if _key(group.sa) == _key(sa) else None
+        return None if group is None else self._crowded.get(sa.key)
+
     def add(self, record: Record) -> None:
         """Put an SA in whose key is free."""
         super().add(record)
-        group = self._by_spi[record.sa.spi]
+        sa = record.sa
+        group = self._by_spi[sa.spi]
         if not isinstance(group, Record):
             for each in group if len(group) == 2 else (record,):
                 self._crowded[each.sa.key] = each
         self._size += 1
-        self._count(record.sa, 1)
+        self._count(sa, 1)
+
+    def load(self, record: Record) -> None:
+        """Put an SA in, in the place of one with the same key."""
+        if record.sa.spi in self._by_spi:
+            self.pop(record.sa.key)
+        self.add(record)
 
     def pop(self, key: SAKey) -> Record | None:
         """Take out and return the SA with this key."""

@@ -21,16 +21,15 @@ from itertools import chain, count
 from .enums import Direction
 from .flow import Flow, Mark, Selector
 from .policy import Policy, PolicyKey
+from .prefixes import Place, Prefixes, places
 
 __all__ = ["SPD"]
 
 MAIN = 0
 SUB = 1
-_FAMILIES = ((2, 4), (10, 16))
 
-# Prefix lengths and address lengths of both ends: one dict of policies for each that is in use.
-_Shape = tuple[int, int, int]
 # What tells policies of one table apart. The selector alone is most of them.
+_Key = Policy | PolicyKey
 _Name = Selector | tuple[Selector, Mark, int]
 
 
@@ -52,73 +51,65 @@ class _Entry:
 class _Table:
     """The policies of one direction and type.
 
-    Keys of a shape are the interface id and the two masked addresses as one integer. What shares
-    them is a list in order; mostly there is one, and a list for each would be a lot of memory.
+    What shares a place is a list in order; mostly there is one alone, and a list for each would be
+    a lot of memory. Such a one is found by its place; ``named`` are all others.
     """
 
-    __slots__ = ("entries", "shapes")
+    __slots__ = ("named", "places")
 
     def __init__(self) -> None:
-        self.entries: dict[_Name, _Entry] = {}
-        self.shapes: dict[_Shape, dict[int, _Entry | list[_Entry]]] = {}
+        self.named: dict[_Name, _Entry] = {}
+        self.places: Prefixes[_Entry | list[_Entry]] = Prefixes()
 
-    def add(self, entry: _Entry) -> None:
-        policy = entry.policy
-        self.entries[_name(policy.selector, policy.mark, policy.if_id)] = entry
-        for shape, key in _places(policy):
-            buckets = self.shapes.get(shape)
-            if buckets is None:
-                buckets = self.shapes[shape] = {}
-            bucket = buckets.setdefault(key, entry)
-            if isinstance(bucket, list):
-                insort(bucket, entry)
-            elif bucket is not entry:
-                buckets[key] = sorted((bucket, entry))
+    def __iter__(self) -> Iterator[_Entry]:
+        alone = (e for e in self.places if isinstance(e, _Entry) and e.policy.selector.family)
+        return chain(alone, self.named.values())
 
-    def remove(self, entry: _Entry) -> None:
-        policy = entry.policy
-        del self.entries[_name(policy.selector, policy.mark, policy.if_id)]
-        for shape, key in _places(policy):
-            buckets = self.shapes[shape]
-            bucket = buckets[key]
-            if isinstance(bucket, list):
-                del bucket[bisect_left(bucket, entry)]
-                if len(bucket) == 1:
-                    (buckets[key],) = bucket
+    def find(self, key: _Key, where: list[Place]) -> _Entry | None:
+        if len(where) == 1:
+            ((shape, number),) = where
+            found = self.places.at(shape).get(number)
+            if found is None:
+                return None
+            if isinstance(found, _Entry):
+                return found if _name_of(found.policy) == _name_of(key) else None
+        return self.named.get(_name_of(key))
+
+    def add(self, entry: _Entry, where: list[Place]) -> None:
+        crowded = len(where) != 1 or not entry.policy.selector.family
+        for shape, key in where:
+            at = self.places.at(shape)
+            found = at.setdefault(key, entry)
+            if isinstance(found, list):
+                insort(found, entry)
+                crowded = True
+            elif found is not entry:
+                at[key] = sorted((found, entry))
+                self.named[_name_of(found.policy)] = found
+                crowded = True
+        if crowded:
+            self.named[_name_of(entry.policy)] = entry
+
+    def remove(self, entry: _Entry, where: list[Place]) -> None:
+        self.named.pop(_name_of(entry.policy), None)
+        for shape, key in where:
+            at = self.places.at(shape)
+            found = at[key]
+            if isinstance(found, list):
+                del found[bisect_left(found, entry)]
+                if len(found) == 1:
+                    (left,) = found
+                    at[key] = left
+                    if left.policy.selector.family:
+                        del self.named[_name_of(left.policy)]
                 continue
-            del buckets[key]
-            if not buckets:
-                del self.shapes[shape]
-
-    def candidates(self, flow: Flow) -> Iterator[Iterable[_Entry]]:
-        size = len(flow.destination)
-        bits = size * 8
-        source = int.from_bytes(flow.source)
-        destination = int.from_bytes(flow.destination)
-        for (shape_size, s, d), buckets in self.shapes.items():
-            if shape_size == size:
-                ends = source >> (bits - s) << bits | destination >> (bits - d)
-                bucket = buckets.get(flow.if_id << 2 * bits | ends)
-                if bucket is not None:
-                    yield bucket if isinstance(bucket, list) else (bucket,)
+            del at[key]
+            self.places.prune(shape)
 
 
-def _name(selector: Selector, mark: Mark, if_id: int) -> _Name:
+def _name_of(key: _Key) -> _Name:
+    selector, mark, if_id = key.selector, key.mark, key.if_id
     return (selector, mark, if_id) if if_id or any(mark) else selector
-
-
-def _places(policy: Policy) -> Iterator[tuple[_Shape, int]]:
-    selector = policy.selector
-    s, d = selector.source_prefix, selector.destination_prefix
-    for family, size in _FAMILIES:
-        if selector.family not in (0, family):
-            continue
-        if (s and len(selector.source) != size) or (d and len(selector.destination) != size):
-            continue
-        bits = size * 8
-        source = int.from_bytes(selector.source) >> (bits - s) if s else 0
-        destination = int.from_bytes(selector.destination) >> (bits - d) if d else 0
-        yield (size, s, d), policy.if_id << 2 * bits | source << bits | destination
 
 
 def _matches(policy: Policy, flow: Flow) -> bool:
@@ -197,8 +188,9 @@ class SPD:
     def _insert(self, policy: Policy, now: float, rank: int) -> bool:
         if policy.of_socket:
             return False
-        name = _name(policy.selector, policy.mark, policy.if_id)
-        old = self._table(policy.direction, policy.kind).entries.get(name)
+        where = places(policy.selector, policy.if_id)
+        table = self._table(policy.direction, policy.kind)
+        old = table.find(policy, where)
         if old is not None:
             if _same(old.policy, policy):
                 old.policy = policy
@@ -206,7 +198,8 @@ class SPD:
             if old.policy.priority == policy.priority:
                 rank = old.rank
             self._drop(old)
-        self._table(policy.direction, policy.kind).add(_Entry(policy, rank, now))
+            table = self._table(policy.direction, policy.kind)
+        table.add(_Entry(policy, rank, now), where)
         self._count(policy, 1)
         return True
 
@@ -218,7 +211,7 @@ class SPD:
     def remove_index(self, index: int) -> Policy | None:
         """Remove and return the policy with the kernel's number."""
         found = [entry for entry in self._entries() if entry.policy.index == index]
-        return self._drop(found[-1]) if found else None
+        return self._drop(max(found, key=_age)) if found else None
 
     def flush(self, kind: int) -> int:
         """Remove the policies of a type; return how many those were."""
@@ -230,20 +223,18 @@ class SPD:
     def _drop(self, entry: _Entry) -> Policy:
         policy = entry.policy
         table = self._table(policy.direction, policy.kind)
-        table.remove(entry)
-        if not table.entries:
+        table.remove(entry, places(policy.selector, policy.if_id))
+        if not any(True for _ in table):
             del self._tables[policy.direction, policy.kind]
         self._count(policy, -1)
         return policy
 
     def _entries(self) -> Iterator[_Entry]:
-        return chain.from_iterable(table.entries.values() for table in self._tables.values())
+        return chain.from_iterable(self._tables.values())
 
     def _find(self, key: PolicyKey) -> _Entry | None:
         table = self._tables.get((key.direction, key.kind))
-        return (
-            None if table is None else table.entries.get(_name(key.selector, key.mark, key.if_id))
-        )
+        return None if table is None else table.find(key, places(key.selector, key.if_id))
 
     def lookup(self, flow: Flow, direction: Direction) -> Policy | None:
         """Return the policy that the kernel applies first to this flow, None for the default."""
@@ -265,8 +256,8 @@ class SPD:
         best: list[_Entry] = []
         if table is None:
             return best
-        for bucket in table.candidates(flow):
-            _collect(bucket, flow, best)
+        for found in table.places.matching(flow.source, flow.destination, flow.if_id):
+            _collect(found if isinstance(found, list) else (found,), flow, best)
         return best
 
     def _table(self, direction: Direction, kind: int) -> _Table:
@@ -285,6 +276,10 @@ class SPD:
             self._conditional += step * bool(
                 policy.mark.mask or policy.mark.value or policy.selector.ifindex
             )
+
+
+def _age(entry: _Entry) -> tuple[float, int]:
+    return entry.added, entry.rank
 
 
 def _collect(bucket: Iterable[_Entry], flow: Flow, best: list[_Entry]) -> None:

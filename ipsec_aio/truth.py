@@ -229,7 +229,8 @@ class TruthTable:
         return [
             record
             for record in chain(
-                mirror.sad.admitting(evidence.peer), mirror.graveyard.admitting(evidence.peer)
+                mirror.sad.admitting(flow.source, flow.destination),
+                mirror.graveyard.admitting(flow.source, flow.destination),
             )
             if _inbound(sa := record.sa)
             and _meets(sa, template)
@@ -282,7 +283,10 @@ class TruthTable:
         if any(
             _carries(record.sa, evidence)
             for index in (mirror.sad, mirror.graveyard)
-            for records in (index.transports(evidence.peer, evidence.local), index.tunnels())
+            for records in (
+                index.transports(evidence.peer, evidence.local),
+                index.admitting(evidence.peer, evidence.local),
+            )
             for record in records
         ):
             return unknown("an SA may have carried it, and no policy demands one")
@@ -320,8 +324,10 @@ class TruthTable:
         tunnel = template.mode in TUNNELS
         if not tunnel:
             records = sad.transports(evidence.peer, evidence.local)
+        elif any(template.source):
+            records = sad.tunnels(template.source)
         else:
-            records = sad.tunnels(template.source if any(template.source) else None)
+            records = sad.admitting(evidence.peer, evidence.local)
         found = [
             _derived(r) for r in records if _meets(r.sa, template) and _carries(r.sa, evidence)
         ]

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import select
 import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ipsec_aio.errors import BackendOverrun, BackendUnavailable
@@ -38,7 +40,7 @@ from .contract import Registration
 from .tables import TableBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from ipsec_aio.events import Event
     from ipsec_aio.kernel.stamp import Coverage
@@ -271,8 +273,10 @@ class XfrmBackend(TableBackend):
         self.changed()
         self._check_namespace()
         sockets = self._sockets = _Sockets(self._factory, self._take_event, self.drain)
-        for build in (xfrm.dump_sas, xfrm.dump_policies):
-            await sockets.dumps.read(build, self._take_record)
+        with _collector_off(), closing(XfrmDumps(factory=self._factory)) as dumps:
+            take = partial(self.mirror.load, now=self.clock())
+            for build in (xfrm.dump_sas, xfrm.dump_policies):
+                await dumps.read(build, take)
         self.mirror.load(sockets.requests.defaults(), self.clock())
         await sockets.links.load()
         with self._lock:
@@ -282,9 +286,6 @@ class XfrmBackend(TableBackend):
         self._look_at_links()
         self._look_at_marks()
         self.changed()
-
-    def _take_record(self, event: Event) -> None:
-        self.mirror.load(event, self.clock())
 
     def _close_sockets(self) -> None:
         sockets, self._sockets = self._sockets, None
@@ -343,8 +344,6 @@ class _Sockets:
         with ExitStack() as opened:
             self.events = XfrmEvents(take, factory=factory)
             opened.callback(self.events.close)
-            self.dumps = XfrmDumps(factory=factory)
-            opened.callback(self.dumps.close)
             self.requests = XfrmRequests(factory=factory)
             opened.callback(self.requests.close)
             self.links = Links(factory=factory)
@@ -392,6 +391,21 @@ class _Registration(Registration):
     def close(self) -> None:
         """Give the port back. Idempotent."""
         self._coverage.close()
+
+
+@contextmanager
+def _collector_off() -> Generator[None]:
+    """Look for no garbage in cycles, where Python does: there is none among very many records, and
+    each search would look at all of them again.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _namespace() -> int | None:

@@ -47,6 +47,7 @@ _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
 _BUFFER_SIZE = 1 << 16
 _EVENT_QUEUE = 8 << 20
+_RECORDS = 1 << 20
 
 Take = Callable[[memoryview, wire.Message], None]
 """Called with the receive buffer and each message in it; must not keep the buffer."""
@@ -247,16 +248,18 @@ class XfrmEvents(_XfrmSocket):
 
 
 class XfrmDumps(_XfrmSocket):
-    """Whole tables."""
+    """Whole tables. What equal records have in common they share, while this is in use."""
 
     def __init__(self, *, factory: SocketFactory = socket.socket) -> None:
         super().__init__(factory=factory)
+        self._decode = xfrm.Decoder(_RECORDS).decode
 
     async def read(self, build: Callable[[int], bytes], take: Callable[[Event], None]) -> None:
         """Call ``take(event)`` for each record of the table that ``build(sequence)`` asks for."""
+        decode = self._decode
 
         def take_message(buffer: memoryview, message: wire.Message) -> None:
-            for event in xfrm.decode(buffer, message):
+            for event in decode(buffer, message):
                 take(event)
 
         with _explained():

@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from struct import Struct, calcsize
-from typing import Any, cast
+from sys import byteorder
+from typing import Any, TypeVar, cast
 
+from ..compact import blank, sharing
 from ..enums import Direction, Mode, PolicyAction
 from ..errors import CodecError
 from ..events import (
@@ -40,12 +42,14 @@ from ..events import (
 from ..flow import Mark, Selector
 from ..policy import Policy, Template
 from ..sa import SA, Algorithm, Encapsulation, Lifetime, Offload, SAKey, Usage
+from .layout import Cuts, Cutter, Layout
 from .netlink import NLM_F_DUMP, Buffer, Message, attribute, attributes, request
 
 __all__ = [
     "FIRST_TYPE",
     "GROUPS",
     "NETLINK_XFRM",
+    "Decoder",
     "decode",
     "dump_policies",
     "dump_sas",
@@ -113,16 +117,17 @@ _OFFLOAD_PACKET = 4
 _INFINITE = (1 << 64) - 1
 
 # Native alignment ("@"), as the kernel's structures have it; "0Q" pads their ends.
-_SELECTOR = Struct("@16s16s8sHBBB3xiI")
+_SELECTOR = Struct("@16s16s24s")
+_TRAFFIC = Struct("@8sHBBB3xiI")
 _LIMITS = Struct("@8Q")
 _USED = Struct("@4Q")
-_U32 = Struct("=I")
 _PORTS = Struct(">4H")
 _USERSA_INFO = Struct("@56s16s4sB3x16s64s32s16xIHBBB0Q")
 _USERSA_ID = Struct("@16s4sHBx")
 _USERPOLICY_INFO = Struct("@56s64s32sIIBBBB0Q")
 _USERPOLICY_ID = Struct("@56sIB0I")
-_TEMPLATE = Struct("@16s4sB3xHxx16sIBBB3I")
+_TEMPLATE = Struct("@16s4s8s16sI16s")
+_TRANSFORMATION = Struct("@B3xHxxBBB3I")
 _MAPPING_INFO = Struct("@16s4sHBxI16s16s2s2s")
 _MIGRATE_INFO = Struct("@16s16s16s16sBBxxIHH")
 _ENCAPSULATION = Struct("@H2s2sxx16s")
@@ -134,13 +139,10 @@ _CONTEXT = Struct("@4xBBH")
 _EXPIRE_SIZE = calcsize("@" + _USERSA_INFO.format[1:] + "B0Q")
 _POLEXPIRE_SIZE = calcsize("@" + _USERPOLICY_INFO.format[1:] + "B0Q")
 
-# Of an attribute its size, and the bytes that are looked at.
-_Parts = dict[int, tuple[int, bytes]]
-# What is cut out of an attribute: no more than lies before a key. None: all of it, as it is short.
-_Cuts = dict[int, Struct | None]
-
-_OF_KEY: _Cuts = {_MARK: Struct("8s"), _IF_ID: Struct("4s")}
-_OF_SA: _Cuts = _OF_KEY | {
+# Of an algorithm no more is cut out than lies before its key.
+_OF_KEY: Cuts = {_MARK: Struct("8s"), _IF_ID: Struct("4s")}
+_OF_SA: Cuts = {
+    **_OF_KEY,
     _ALG_AUTH: Struct("68s"),
     _ALG_CRYPT: Struct("68s"),
     _ALG_COMP: Struct("68s"),
@@ -154,34 +156,306 @@ _OF_SA: _Cuts = _OF_KEY | {
     _SET_MARK_MASK: Struct("4s"),
     _SA_DIR: Struct("1s"),
 }
-_OF_POLICY: _Cuts = _OF_KEY | {_TMPL: None, _POLICY_TYPE: Struct("1s"), _SEC_CTX: None}
-_OF_DELETION: _Cuts = _OF_POLICY | {_POLICY: Struct(f"{_USERPOLICY_INFO.size}s")}
-_OF_FLUSH: _Cuts = {_POLICY_TYPE: Struct("1s")}
+_OF_POLICY: Cuts = {**_OF_KEY, _TMPL: None, _POLICY_TYPE: Struct("1s"), _SEC_CTX: None}
+
+_KEY_CUTTER = Cutter(_OF_KEY)
+_SA_CUTTER = Cutter(_OF_SA, (_MARK, _IF_ID, _ENCAP))
+_POLICY_CUTTER = Cutter(_OF_POLICY, (_MARK, _IF_ID, _TMPL))
+_DELETION_CUTTER = Cutter(
+    {**_OF_POLICY, _POLICY: Struct(f"{_USERPOLICY_INFO.size}s")}, (_MARK, _IF_ID, _TMPL, _POLICY)
+)
+_FLUSH_CUTTER = Cutter({_POLICY_TYPE: Struct("1s")})
 
 _NO_MARK = Mark()
 _NO_SELECTOR = Selector()
-_NO_PREFIXES = bytes(2)
 _MODES = {int(mode): mode for mode in Mode}
 _ACTIONS = {int(action): action for action in PolicyAction}
 _DIRECTIONS = tuple(Direction)
 _SA_DIRECTIONS = {1: Direction.IN, 2: Direction.OUT}
 _DEFAULTS = {0: PolicyAction.ALLOW, 1: PolicyAction.BLOCK, 2: PolicyAction.ALLOW}
+_BlankSA, _BlankPolicy, _BlankTemplate = blank(SA), blank(Policy), blank(Template)
+
+# Of an attribute its size, and the bytes that are looked at.
+_Parts = dict[int, tuple[int, bytes]]
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
-def decode(buffer: Buffer, message: Message) -> tuple[Event, ...]:
-    """Turn one message of the kernel into what happened.
+class _Known(dict[_K, _V]):
+    """What things mean, worked out once; forgotten when there are too many."""
 
-    MIGRATE gives one event for each of its address pairs; ACQUIRE, REPORT and NEWAE, which
-    change no table, give none. Raises CodecError.
+    def __init__(self, make: Callable[[_K], _V], limit: int) -> None:
+        self._make = make
+        self._limit = limit
+
+    def __missing__(self, key: _K) -> _V:
+        value = self._make(key)
+        if len(self) >= self._limit:
+            self.clear()
+        self[key] = value
+        return value
+
+
+class _ByFamily(dict[int, _Known[bytes, bytes]]):
+    """Addresses by their fields."""
+
+    def __missing__(self, family: int) -> _Known[bytes, bytes]:
+        raise CodecError("address of unknown family")
+
+
+class Decoder:
+    """Turns messages into events.
+
+    What one decoder tells of has equal addresses and selectors in common, up to ``limit`` of each
+    kind, which it remembers. They are no secret, and nothing else is remembered that could be one.
     """
-    kind = message.kind
-    if kind in _SILENT:
-        return ()
-    try:
-        decoder = _DECODERS[kind]
-    except KeyError:
-        raise CodecError(f"XFRM message of unknown type {kind:#x}") from None
-    return decoder(buffer, message.start, message.end)
+
+    def __init__(self, limit: int = 1024) -> None:
+        self._addresses = _ByFamily()
+        self._addresses[_AF_INET] = _Known(lambda field: field[:4], limit)
+        self._addresses[_AF_INET6] = _Known(bytes, limit)
+        self._selectors = _Known(self._selector, limit)
+        self._templates = _Known(self._parsed_templates, limit)
+        self._numbers: _Known[int, int] = _Known(int, limit)
+
+    def decode(self, buffer: Buffer, message: Message) -> tuple[Event, ...]:
+        """Turn one message of the kernel into what happened.
+
+        MIGRATE gives one event for each of its address pairs; ACQUIRE, REPORT and NEWAE, which
+        change no table, give none. Raises CodecError.
+        """
+        kind = message.kind
+        if kind in _SILENT:
+            return ()
+        try:
+            decoder = _DECODERS[kind]
+        except KeyError:
+            raise CodecError(f"XFRM message of unknown type {kind:#x}") from None
+        return decoder(self, buffer, message.start, message.end)
+
+    # SAs
+
+    def sa_added(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _USERSA_INFO.size, "NEWSA")
+        return (SAAdded(self._sa(buffer, start, start + _USERSA_INFO.size, end)),)
+
+    def sa_updated(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _USERSA_INFO.size, "UPDSA")
+        return (SAAdded(self._sa(buffer, start, start + _USERSA_INFO.size, end), updated=True),)
+
+    def sa_deleted(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _USERSA_ID.size, "DELSA")
+        destination, spi, family, proto = _USERSA_ID.unpack_from(buffer, start)
+        parts = _KEY_CUTTER.parts(buffer, start + _USERSA_ID.size, end)
+        return (SADeleted(self._key(destination, proto, spi, family, parts)),)
+
+    def sa_expired(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _EXPIRE_SIZE, "EXPIRE")
+        sa = self._sa(buffer, start, start + _EXPIRE_SIZE, end)
+        return (SAExpired(sa, hard=bool(buffer[start + _USERSA_INFO.size])),)
+
+    def sas_flushed(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, 1, "FLUSHSA")
+        return (SAsFlushed(buffer[start]),)
+
+    def mapped(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _MAPPING_INFO.size, "MAPPING")
+        destination, spi, family, proto, reqid, old, new, old_port, new_port = (
+            _MAPPING_INFO.unpack_from(buffer, start)
+        )
+        parts = _KEY_CUTTER.parts(buffer, start + _MAPPING_INFO.size, end)
+        addresses = self._addresses[family]
+        return (
+            SAMapped(
+                self._key(destination, proto, spi, family, parts),
+                reqid,
+                addresses[old],
+                addresses[new],
+                int.from_bytes(old_port),
+                int.from_bytes(new_port),
+            ),
+        )
+
+    def migrated(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _USERPOLICY_ID.size, "MIGRATE")
+        found: list[Event] = []
+        for kind, place, stop in attributes(buffer, start + _USERPOLICY_ID.size, end):
+            if kind != _MIGRATE_ATTRIBUTE:
+                continue
+            _need(place, stop, _MIGRATE_INFO.size, "XFRMA_MIGRATE")
+            (old_to, old_from, new_to, new_from, proto, mode, reqid, old_family, new_family) = (
+                _MIGRATE_INFO.unpack_from(buffer, place)
+            )
+            old, new = self._addresses[old_family], self._addresses[new_family]
+            found.append(
+                SAMigrated(
+                    proto, mode, reqid, old[old_from], old[old_to], new[new_from], new[new_to]
+                )
+            )
+        return tuple(found)
+
+    def _key(
+        self, destination: bytes, proto: int, spi: bytes, family: int, parts: dict[int, bytes]
+    ) -> SAKey:
+        return SAKey(
+            self._addresses[family][destination],
+            proto,
+            int.from_bytes(spi),
+            _mark(parts),
+            _u32(parts, _IF_ID),
+        )
+
+    def _sa(self, buffer: Buffer, start: int, rest: int, end: int) -> SA:
+        (
+            selector,
+            destination,
+            spi,
+            proto,
+            source,
+            limits,
+            used,
+            reqid,
+            family,
+            mode,
+            replay_window,
+            flags,
+        ) = _USERSA_INFO.unpack_from(buffer, start)
+        layout, values = _SA_CUTTER.cut(buffer, rest, end)
+        addresses = self._addresses[family]
+        sa: Any = _BlankSA()
+        sa._shared = _shared_by_sas(layout, values, proto, limits, mode, replay_window, flags)
+        sa.destination = addresses[destination]
+        sa.spi = int.from_bytes(spi)
+        sa.source = addresses[source]
+        sa.reqid = self._numbers[reqid]
+        sa.selector = self._selectors[selector]
+        sa.usage = _usage(used)
+        if layout.apart:
+            apart = layout.set_apart(buffer, rest)
+            sa.mark = _mark(apart)
+            sa.if_id = _u32(apart, _IF_ID)
+            sa.encapsulation = self._encapsulation(apart, family)
+        else:
+            sa.mark, sa.if_id, sa.encapsulation = _NO_MARK, 0, None
+        sa.__class__ = SA
+        return cast("SA", sa)
+
+    def _encapsulation(self, parts: dict[int, bytes], family: int) -> Encapsulation | None:
+        if _ENCAP not in parts:
+            return None
+        kind, source_port, destination_port, original = _ENCAPSULATION.unpack(parts[_ENCAP])
+        return Encapsulation(
+            kind,
+            int.from_bytes(source_port),
+            int.from_bytes(destination_port),
+            self._addresses[family][original] if any(original) else b"",
+        )
+
+    def _selector(self, data: bytes) -> Selector:
+        destination, source, traffic = _SELECTOR.unpack(data)
+        family, source_prefix, destination_prefix, rest = _traffic(traffic)
+        if not family:
+            return _NO_SELECTOR  # XFRM_STATE_AF_UNSPEC: the kernel does not look at the rest
+        addresses = self._addresses[family]
+        destination = addresses[destination]
+        if max(destination_prefix, source_prefix) > len(destination) * 8:
+            raise CodecError("selector with a prefix longer than an address")
+        return Selector._make(
+            (addresses[source], destination, source_prefix, destination_prefix, *rest)
+        )
+
+    # Policies
+
+    def policy_added(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _USERPOLICY_INFO.size, "NEWPOLICY")
+        return (PolicyAdded(self._policy(buffer, start, start + _USERPOLICY_INFO.size, end)),)
+
+    def policy_deleted(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _USERPOLICY_ID.size, "DELPOLICY")
+        start += _USERPOLICY_ID.size
+        layout, values = _DELETION_CUTTER.cut(buffer, start, end)
+        apart = layout.set_apart(buffer, start)
+        # The header has a key or an index, whichever the caller deleted by; the attribute has both.
+        if _POLICY not in apart:
+            raise CodecError("DELPOLICY without the policy")
+        policy = self._described(apart[_POLICY], 0, layout, values, apart)
+        return (PolicyDeleted(policy.key, policy.index),)
+
+    def policy_expired(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, _POLEXPIRE_SIZE, "POLEXPIRE")
+        policy = self._policy(buffer, start, start + _POLEXPIRE_SIZE, end)
+        return (PolicyExpired(policy, hard=bool(buffer[start + _USERPOLICY_INFO.size])),)
+
+    def policies_flushed(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        return (PoliciesFlushed(_policy_type(_FLUSH_CUTTER.parts(buffer, start, end))),)
+
+    def defaults(self, buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
+        _need(start, end, 3, "GETDEFAULT")
+        try:
+            inbound, forward, outbound = (_DEFAULTS[buffer[start + i]] for i in range(3))
+        except KeyError:
+            raise CodecError("unknown default action") from None
+        return (DefaultActions(inbound, forward, outbound),)
+
+    def _policy(self, buffer: Buffer, start: int, rest: int, end: int) -> Policy:
+        layout, values = _POLICY_CUTTER.cut(buffer, rest, end)
+        return self._described(buffer, start, layout, values, layout.set_apart(buffer, rest))
+
+    def _described(
+        self,
+        buffer: Buffer,
+        start: int,
+        layout: Layout,
+        values: tuple[bytes, ...],
+        apart: dict[int, bytes],
+    ) -> Policy:
+        selector, limits, used, priority, index, direction, action, flags, share = (
+            _USERPOLICY_INFO.unpack_from(buffer, start)
+        )
+        # A socket's own policies are dumped with directions 3 to 5, and their index says so too.
+        if direction > 5 or (direction >= 3) != (index & 7 >= 3):
+            raise CodecError("policy of unknown direction")
+        policy: Any = _BlankPolicy()
+        policy._shared = _shared_by_policies(
+            layout, values, limits, priority, direction, action, flags, share
+        )
+        policy.selector = self._selectors[selector]
+        policy.index = index
+        policy.templates = self._templates[apart[_TMPL]] if _TMPL in apart else ()
+        policy.mark = _mark(apart)
+        policy.if_id = _u32(apart, _IF_ID)
+        policy.usage = _usage(used)
+        policy.__class__ = Policy
+        return cast("Policy", policy)
+
+    def _parsed_templates(self, data: bytes) -> tuple[Template, ...]:
+        if len(data) % _TEMPLATE.size:
+            raise CodecError(f"XFRMA_TMPL of {len(data)} bytes")
+        return tuple([self._template(*fields) for fields in _TEMPLATE.iter_unpack(data)])
+
+    def _template(
+        self,
+        destination: bytes,
+        spi: bytes,
+        before: bytes,
+        source: bytes,
+        reqid: int,
+        behind: bytes,
+    ) -> Template:
+        family, common = _shared_by_templates(before, behind)
+        addresses = self._addresses[family]
+        template: Any = _BlankTemplate()
+        template._shared = common
+        template.source = addresses[source]
+        template.destination = addresses[destination]
+        template.spi = int.from_bytes(spi)
+        template.reqid = self._numbers[reqid]
+        template.__class__ = Template
+        return cast("Template", template)
+
+
+decode = Decoder().decode
+"""A decoder's :meth:`Decoder.decode`, for messages that come one by one."""
 
 
 def dump_sas(sequence: int) -> bytes:
@@ -214,303 +488,121 @@ def get_sa(key: SAKey, sequence: int) -> bytes:
     return request(_GETSA, 0, sequence, payload)
 
 
-def _sa_added(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _USERSA_INFO.size, "NEWSA")
-    return (SAAdded(_sa(buffer, start, start + _USERSA_INFO.size, end)),)
-
-
-def _sa_updated(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _USERSA_INFO.size, "UPDSA")
-    return (SAAdded(_sa(buffer, start, start + _USERSA_INFO.size, end), updated=True),)
-
-
-def _sa_deleted(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _USERSA_ID.size, "DELSA")
-    destination, spi, family, proto = _USERSA_ID.unpack_from(buffer, start)
-    parts = _parts(buffer, start + _USERSA_ID.size, end, _OF_KEY)
-    return (
-        SADeleted(
-            SAKey(
-                _address(destination, family),
-                proto,
-                int.from_bytes(spi),
-                _mark(parts),
-                _u32(parts, _IF_ID),
-            )
-        ),
-    )
-
-
-def _sa_expired(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _EXPIRE_SIZE, "EXPIRE")
-    sa = _sa(buffer, start, start + _EXPIRE_SIZE, end)
-    return (SAExpired(sa, hard=bool(buffer[start + _USERSA_INFO.size])),)
-
-
-def _sas_flushed(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, 1, "FLUSHSA")
-    return (SAsFlushed(buffer[start]),)
-
-
-def _mapped(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _MAPPING_INFO.size, "MAPPING")
-    destination, spi, family, proto, reqid, old, new, old_port, new_port = (
-        _MAPPING_INFO.unpack_from(buffer, start)
-    )
-    parts = _parts(buffer, start + _MAPPING_INFO.size, end, _OF_KEY)
-    return (
-        SAMapped(
-            SAKey(
-                _address(destination, family),
-                proto,
-                int.from_bytes(spi),
-                _mark(parts),
-                _u32(parts, _IF_ID),
-            ),
-            reqid,
-            _address(old, family),
-            _address(new, family),
-            int.from_bytes(old_port),
-            int.from_bytes(new_port),
-        ),
-    )
-
-
-def _migrated(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _USERPOLICY_ID.size, "MIGRATE")
-    found: list[Event] = []
-    for kind, place, stop in attributes(buffer, start + _USERPOLICY_ID.size, end):
-        if kind != _MIGRATE_ATTRIBUTE:
-            continue
-        _need(place, stop, _MIGRATE_INFO.size, "XFRMA_MIGRATE")
-        (old_to, old_from, new_to, new_from, proto, mode, reqid, old_family, new_family) = (
-            _MIGRATE_INFO.unpack_from(buffer, place)
-        )
-        found.append(
-            SAMigrated(
-                proto,
-                mode,
-                reqid,
-                _address(old_from, old_family),
-                _address(old_to, old_family),
-                _address(new_from, new_family),
-                _address(new_to, new_family),
-            )
-        )
-    return tuple(found)
-
-
-def _policy_added(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _USERPOLICY_INFO.size, "NEWPOLICY")
-    parts = _parts(buffer, start + _USERPOLICY_INFO.size, end, _OF_POLICY)
-    return (PolicyAdded(_policy(buffer, start, parts)),)
-
-
-def _policy_deleted(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _USERPOLICY_ID.size, "DELPOLICY")
-    parts = _parts(buffer, start + _USERPOLICY_ID.size, end, _OF_DELETION)
-    # The header has a key or an index, whichever the caller deleted by; the attribute has both.
-    if _POLICY not in parts:
-        raise CodecError("DELPOLICY without the policy")
-    policy = _policy(parts[_POLICY][1], 0, parts)
-    return (PolicyDeleted(policy.key, policy.index),)
-
-
-def _policy_expired(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, _POLEXPIRE_SIZE, "POLEXPIRE")
-    policy = _policy(buffer, start, _parts(buffer, start + _POLEXPIRE_SIZE, end, _OF_POLICY))
-    return (PolicyExpired(policy, hard=bool(buffer[start + _USERPOLICY_INFO.size])),)
-
-
-def _policies_flushed(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    return (PoliciesFlushed(_policy_type(_parts(buffer, start, end, _OF_FLUSH))),)
-
-
-def _defaults(buffer: Buffer, start: int, end: int) -> tuple[Event, ...]:
-    _need(start, end, 3, "GETDEFAULT")
-    try:
-        inbound, forward, outbound = (_DEFAULTS[buffer[start + i]] for i in range(3))
-    except KeyError:
-        raise CodecError("unknown default action") from None
-    return (DefaultActions(inbound, forward, outbound),)
-
-
-_DECODERS: dict[int, Callable[[Buffer, int, int], tuple[Event, ...]]] = {
-    _NEWSA: _sa_added,
-    _UPDSA: _sa_updated,
-    _DELSA: _sa_deleted,
-    _EXPIRE: _sa_expired,
-    _FLUSHSA: _sas_flushed,
-    _MAPPING: _mapped,
-    _MIGRATE: _migrated,
-    _NEWPOLICY: _policy_added,
-    _UPDPOLICY: _policy_added,
-    _DELPOLICY: _policy_deleted,
-    _POLEXPIRE: _policy_expired,
-    _FLUSHPOLICY: _policies_flushed,
-    _SETDEFAULT: _defaults,
-    _GETDEFAULT: _defaults,
+_DECODERS: dict[int, Callable[[Decoder, Buffer, int, int], tuple[Event, ...]]] = {
+    _NEWSA: Decoder.sa_added,
+    _UPDSA: Decoder.sa_updated,
+    _DELSA: Decoder.sa_deleted,
+    _EXPIRE: Decoder.sa_expired,
+    _FLUSHSA: Decoder.sas_flushed,
+    _MAPPING: Decoder.mapped,
+    _MIGRATE: Decoder.migrated,
+    _NEWPOLICY: Decoder.policy_added,
+    _UPDPOLICY: Decoder.policy_added,
+    _DELPOLICY: Decoder.policy_deleted,
+    _POLEXPIRE: Decoder.policy_expired,
+    _FLUSHPOLICY: Decoder.policies_flushed,
+    _SETDEFAULT: Decoder.defaults,
+    _GETDEFAULT: Decoder.defaults,
 }
 _SILENT = frozenset({_ACQUIRE, _REPORT, _NEWAE})
 
 
-def _sa(buffer: Buffer, start: int, rest: int, end: int) -> SA:
-    (
-        selector,
-        destination,
-        spi,
-        proto,
-        source,
-        limits,
-        used,
-        reqid,
-        family,
-        mode,
-        replay_window,
-        flags,
-    ) = _USERSA_INFO.unpack_from(buffer, start)
+# Of each of these there are few among very many records.
+
+
+@lru_cache(maxsize=1024)
+def _shared_by_sas(
+    layout: Layout,
+    values: tuple[bytes, ...],
+    proto: int,
+    limits: bytes,
+    mode: int,
+    replay_window: int,
+    flags: int,
+) -> tuple[object, ...]:
     if mode not in _MODES:
         raise CodecError("SA of unknown mode")
-    parts = _parts(buffer, rest, end, _OF_SA)
-    # A frozen dataclass is slow to fill, so what is filled becomes one afterwards.
-    sa: Any = _UnfrozenSA()
-    sa.destination = _address(destination, family)
-    sa.proto = proto
-    sa.spi = int.from_bytes(spi)
-    sa.source = _address(source, family)
-    sa.mode = _MODES[mode]
-    sa.reqid = reqid
-    # These may be each SA's own.
-    sa.mark = _mark(parts)
-    sa.if_id = _u32(parts, _IF_ID)
-    sa.encapsulation = _encapsulation(parts, family)
-    (
-        sa.encryption,
-        sa.authentication,
-        sa.aead,
-        sa.compression,
-        esn_window,
-        sa.direction,
-        sa.set_mark,
-        sa.offload,
-        sa.extra_flags,
-    ) = _properties(tuple(parts.items()))
-    sa.selector = _selector(selector)
-    sa.replay_window = replay_window if esn_window is None else esn_window
-    sa.esn = bool(flags & _STATE_ESN)
-    sa.lifetime = _lifetime(limits)
-    sa.usage = _usage(used)
-    sa.flags = flags
-    sa.__class__ = SA
-    return cast("SA", sa)
+    parts = dict(zip(layout.kinds, zip(layout.sizes, values, strict=True), strict=True))
+    return sharing(
+        SA,
+        proto=proto,
+        mode=_MODES[mode],
+        encryption=_algorithm(parts, _ALG_CRYPT),
+        authentication=_algorithm(parts, _ALG_AUTH_TRUNC) or _algorithm(parts, _ALG_AUTH),
+        aead=_algorithm(parts, _ALG_AEAD),
+        compression=_algorithm(parts, _ALG_COMP),
+        replay_window=_number(parts, _REPLAY_ESN_VAL, replay_window),
+        esn=bool(flags & _STATE_ESN),
+        lifetime=_lifetime(limits),
+        direction=_direction(parts),
+        set_mark=_set_mark(parts),
+        offload=_offload(parts),
+        flags=flags,
+        extra_flags=_number(parts, _SA_EXTRA_FLAGS),
+    )
 
 
-class _UnfrozenSA:
-    __slots__ = SA.__slots__
-
-
-# SAs of a kind have the same few.
 @lru_cache(maxsize=1024)
-def _properties(
-    told: tuple[tuple[int, tuple[int, bytes]], ...],
-) -> tuple[
-    Algorithm | None,
-    Algorithm | None,
-    Algorithm | None,
-    Algorithm | None,
-    int | None,
-    Direction | None,
-    Mark | None,
-    Offload | None,
-    int,
-]:
-    """Encryption, authentication, AEAD, compression, ESN window, direction, and so on."""
-    parts = dict(told)
-    return (
-        _algorithm(parts, _ALG_CRYPT),
-        _algorithm(parts, _ALG_AUTH_TRUNC) or _algorithm(parts, _ALG_AUTH),
-        _algorithm(parts, _ALG_AEAD),
-        _algorithm(parts, _ALG_COMP),
-        _u32(parts, _REPLAY_ESN_VAL) if _REPLAY_ESN_VAL in parts else None,
-        _direction(parts),
-        _set_mark(parts),
-        _offload(parts),
-        _u32(parts, _SA_EXTRA_FLAGS),
-    )
-
-
-def _policy(buffer: Buffer, start: int, parts: _Parts) -> Policy:
-    selector, limits, used, priority, index, direction, action, flags, share = (
-        _USERPOLICY_INFO.unpack_from(buffer, start)
-    )
-    # A socket's own policies are dumped with directions 3 to 5, and their index says so too.
-    if direction > 5 or (direction >= 3) != (index & 7 >= 3):
-        raise CodecError("policy of unknown direction")
+def _shared_by_policies(
+    layout: Layout,
+    values: tuple[bytes, ...],
+    limits: bytes,
+    priority: int,
+    direction: int,
+    action: int,
+    flags: int,
+    share: int,
+) -> tuple[object, ...]:
     if action not in _ACTIONS:
         raise CodecError("policy with an unknown action")
-    policy: Any = _UnfrozenPolicy()
-    policy.selector = _selector(selector)
-    policy.direction = _DIRECTIONS[direction % 3]
-    policy.action = _ACTIONS[action]
-    policy.priority = priority
-    policy.index = index
-    policy.templates = _templates(parts[_TMPL][1]) if _TMPL in parts else ()
-    policy.mark = _mark(parts)
-    policy.if_id = _u32(parts, _IF_ID)
-    policy.kind = _policy_type(parts)
-    policy.flags = flags
-    policy.share = share
-    policy.lifetime = _lifetime(limits)
-    policy.usage = _usage(used)
-    policy.security_context = _context(parts[_SEC_CTX][1]) if _SEC_CTX in parts else b""
-    policy.__class__ = Policy
-    return cast("Policy", policy)
-
-
-class _UnfrozenPolicy:
-    __slots__ = Policy.__slots__
-
-
-def _selector(data: bytes) -> Selector:
-    # Where no address counts, there are few.
-    return _any_selector(data) if data[42:44] == _NO_PREFIXES else _parsed_selector(data)
-
-
-def _parsed_selector(data: bytes) -> Selector:
-    (
-        destination,
-        source,
-        ports,
-        family,
-        destination_prefix,
-        source_prefix,
-        proto,
-        ifindex,
-        user,
-    ) = _SELECTOR.unpack(data)
-    if not family:
-        return _NO_SELECTOR  # XFRM_STATE_AF_UNSPEC: the kernel does not look at the rest
-    destination = _address(destination, family)
-    if max(destination_prefix, source_prefix) > len(destination) * 8:
-        raise CodecError("selector with a prefix longer than an address")
-    to_port, to_mask, from_port, from_mask = _PORTS.unpack(ports)
-    return Selector(
-        _address(source, family),
-        destination,
-        source_prefix,
-        destination_prefix,
-        from_port,
-        from_mask,
-        to_port,
-        to_mask,
-        proto,
-        family,
-        ifindex,
-        user,
+    parts = dict(zip(layout.kinds, values, strict=True))
+    return sharing(
+        Policy,
+        direction=_DIRECTIONS[direction % 3],
+        action=_ACTIONS[action],
+        priority=priority,
+        kind=_policy_type(parts),
+        flags=flags,
+        share=share,
+        lifetime=_lifetime(limits),
+        security_context=_context(parts[_SEC_CTX]) if _SEC_CTX in parts else b"",
     )
 
 
-_any_selector = lru_cache(maxsize=1024)(_parsed_selector)
+@lru_cache(maxsize=1024)
+def _shared_by_templates(before: bytes, behind: bytes) -> tuple[int, tuple[object, ...]]:
+    (
+        proto,
+        family,
+        mode,
+        share,
+        optional,
+        auth_algorithms,
+        encryption_algorithms,
+        compression_algorithms,
+    ) = _TRANSFORMATION.unpack(before + behind)
+    if mode not in _MODES:
+        raise CodecError("template of unknown mode")
+    return family, sharing(
+        Template,
+        proto=proto,
+        mode=_MODES[mode],
+        family=family,
+        optional=bool(optional),
+        share=share,
+        auth_algorithms=auth_algorithms,
+        encryption_algorithms=encryption_algorithms,
+        compression_algorithms=compression_algorithms,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _traffic(data: bytes) -> tuple[int, int, int, tuple[int, ...]]:
+    """Return what a selector says beside its addresses: family, prefix lengths, the rest."""
+    ports, family, destination_prefix, source_prefix, proto, ifindex, user = _TRAFFIC.unpack(data)
+    to_port, to_mask, from_port, from_mask = _PORTS.unpack(ports)
+    rest = (from_port, from_mask, to_port, to_mask, proto, family, ifindex, user)
+    return family, source_prefix, destination_prefix, rest
 
 
 @lru_cache(maxsize=1024)
@@ -525,51 +617,6 @@ def _lifetime(data: bytes) -> Lifetime:
 @lru_cache(maxsize=1024)
 def _usage(data: bytes) -> Usage:
     return Usage._make(_USED.unpack(data))
-
-
-# Policies of a kind have the same few.
-@lru_cache(maxsize=1024)
-def _templates(data: bytes) -> tuple[Template, ...]:
-    if len(data) % _TEMPLATE.size:
-        raise CodecError(f"XFRMA_TMPL of {len(data)} bytes")
-    return tuple(_template(*fields) for fields in _TEMPLATE.iter_unpack(data))
-
-
-def _template(
-    destination: bytes,
-    spi: bytes,
-    proto: int,
-    family: int,
-    source: bytes,
-    reqid: int,
-    mode: int,
-    share: int,
-    optional: int,
-    auth_algorithms: int,
-    encryption_algorithms: int,
-    compression_algorithms: int,
-) -> Template:
-    if mode not in _MODES:
-        raise CodecError("template of unknown mode")
-    template: Any = _UnfrozenTemplate()
-    template.proto = proto
-    template.mode = _MODES[mode]
-    template.source = _address(source, family)
-    template.destination = _address(destination, family)
-    template.spi = int.from_bytes(spi)
-    template.reqid = reqid
-    template.family = family
-    template.optional = bool(optional)
-    template.share = share
-    template.auth_algorithms = auth_algorithms
-    template.encryption_algorithms = encryption_algorithms
-    template.compression_algorithms = compression_algorithms
-    template.__class__ = Template
-    return cast("Template", template)
-
-
-class _UnfrozenTemplate:
-    __slots__ = Template.__slots__
 
 
 def _algorithm(parts: _Parts, kind: int) -> Algorithm | None:
@@ -598,18 +645,6 @@ def _interned(name: bytes, key_bits: int, icv_bits: int) -> Algorithm:
     return Algorithm(text, key_bits, icv_bits)
 
 
-def _encapsulation(parts: _Parts, family: int) -> Encapsulation | None:
-    if _ENCAP not in parts:
-        return None
-    kind, source_port, destination_port, original = _ENCAPSULATION.unpack(parts.pop(_ENCAP)[1])
-    return Encapsulation(
-        kind,
-        int.from_bytes(source_port),
-        int.from_bytes(destination_port),
-        _address(original, family) if any(original) else b"",
-    )
-
-
 def _direction(parts: _Parts) -> Direction | None:
     if _SA_DIR not in parts:
         return None
@@ -623,7 +658,7 @@ def _set_mark(parts: _Parts) -> Mark | None:
     if _SET_MARK not in parts:
         return None
     # Kernels without the mask (before 4.19) set the whole mark.
-    return Mark(_u32(parts, _SET_MARK), _u32(parts, _SET_MARK_MASK, 0xFFFFFFFF))
+    return Mark(_number(parts, _SET_MARK), _number(parts, _SET_MARK_MASK, 0xFFFFFFFF))
 
 
 def _offload(parts: _Parts) -> Offload | None:
@@ -633,6 +668,10 @@ def _offload(parts: _Parts) -> Offload | None:
     return Offload(ifindex, bool(flags & _OFFLOAD_INBOUND), bool(flags & _OFFLOAD_PACKET))
 
 
+def _number(parts: _Parts, kind: int, absent: int = 0) -> int:
+    return int.from_bytes(parts[kind][1], byteorder) if kind in parts else absent
+
+
 def _context(data: bytes) -> bytes:
     _need(0, len(data), _CONTEXT.size, f"attribute {_SEC_CTX}")
     _, _, size = _CONTEXT.unpack_from(data)
@@ -640,45 +679,16 @@ def _context(data: bytes) -> bytes:
     return data[_CONTEXT.size : _CONTEXT.size + size].rstrip(b"\0")
 
 
-def _policy_type(parts: _Parts) -> int:
-    return parts[_POLICY_TYPE][1][0] if _POLICY_TYPE in parts else 0
+def _policy_type(parts: dict[int, bytes]) -> int:
+    return parts[_POLICY_TYPE][0] if _POLICY_TYPE in parts else 0
 
 
-def _mark(parts: _Parts) -> Mark:
-    return Mark._make(_MARK_PAIR.unpack(parts.pop(_MARK)[1])) if _MARK in parts else _NO_MARK
+def _mark(parts: dict[int, bytes]) -> Mark:
+    return Mark._make(_MARK_PAIR.unpack(parts[_MARK])) if _MARK in parts else _NO_MARK
 
 
-def _u32(parts: _Parts, kind: int, absent: int = 0) -> int:
-    if kind not in parts:
-        return absent
-    (value,) = _U32.unpack(parts.pop(kind)[1])
-    return int(value)
-
-
-# One end is mostly this host.
-@lru_cache(maxsize=1024)
-def _address(field: bytes, family: int) -> bytes:
-    if family == _AF_INET:
-        return field[:4]
-    if family == _AF_INET6:
-        return field
-    raise CodecError("address of unknown family")
-
-
-def _parts(buffer: Buffer, start: int, end: int, cuts: _Cuts) -> _Parts:
-    """Cut out what is looked at. Raises CodecError for an attribute that is too short for it."""
-    parts: _Parts = {}
-    for kind, place, stop in attributes(buffer, start, end):
-        if kind in cuts:
-            cut, size = cuts[kind], stop - place
-            if cut is None:
-                data = bytes(buffer[place:stop])
-            elif size < cut.size:
-                raise CodecError(f"attribute {kind} has {size} bytes, {cut.size} expected")
-            else:
-                (data,) = cut.unpack_from(buffer, place)
-            parts[kind] = size, data
-    return parts
+def _u32(parts: dict[int, bytes], kind: int) -> int:
+    return int.from_bytes(parts[kind], byteorder) if kind in parts else 0
 
 
 def _need(start: int, end: int, size: int, what: str) -> None:

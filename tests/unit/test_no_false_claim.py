@@ -63,19 +63,22 @@ class Traffic(RuleBasedStateMachine):
         self.mirror.finish_resync(self.now)
         self.resolver.settle_all()
 
-    @rule(kind=KINDS, spi=SPIS)
-    def add(self, kind, spi):
-        sa = kind(spi)
+    def put(self, sa) -> None:
+        # The kernel takes an SA only where its key is free.
+        if self.kernel.pop(sa.key, None):
+            self.events.append(SADeleted(sa.key))
         self.kernel[sa.key] = sa
         self.events.append(SAAdded(sa))
+
+    @rule(kind=KINDS, spi=SPIS)
+    def add(self, kind, spi):
+        self.put(kind(spi))
 
     @precondition(lambda self: self.kernel)
     @rule(data=st.data())
     def rekey(self, data):
         sa = data.draw(st.sampled_from(list(self.kernel.values())))
-        new = replace(sa, spi=data.draw(SPIS))
-        self.kernel[new.key] = new
-        self.events.append(SAAdded(new))
+        self.put(replace(sa, spi=data.draw(SPIS)))
 
     @precondition(lambda self: self.kernel)
     @rule(data=st.data())

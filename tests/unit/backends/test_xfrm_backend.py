@@ -354,6 +354,77 @@ async def test_closed_while_reading_again(kernel: FakeKernel, backend: XfrmBacke
     assert all(s.closed for s in kernel.opened)
 
 
+@pytest.fixture
+def collector() -> Iterator[Callable[[], bool]]:
+    """Whether the garbage collector runs, which is as before afterwards."""
+    before = gc.isenabled()
+    yield gc.isenabled
+    (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(
+    ("reply", "opens"), [(None, True), (m.message(m.NEWSA, b"", sequence=1), False), (LOST, False)]
+)
+async def test_the_collector_rests_while_tables_are_read(
+    kernel: FakeKernel,
+    collector: Callable[[], bool],
+    enabled: bool,
+    reply: Reply | None,
+    opens: bool,
+) -> None:
+    (gc.enable if enabled else gc.disable)()
+    usual, seen = kernel.answer, []
+
+    def answer(protocol: int, kind: int, sequence: int, payload: bytes) -> list[Reply]:
+        if protocol == 6 and kind in (m.GETSA, m.GETPOLICY):
+            seen.append(collector())
+            if reply is not None:
+                return [reply]
+        return usual(protocol, kind, sequence, payload)
+
+    kernel.answer = answer
+    backend = XfrmBackend(stamp="off", socket_factory=kernel.socket)
+    with suppress(CodecError, BackendOverrun):
+        await backend.start()
+    assert collector() is enabled
+    assert backend.mirror.synced is opens
+    assert seen
+    assert not any(seen)
+    await backend.aclose()
+    assert collector() is enabled
+
+
+async def test_the_collector_runs_again_when_reading_is_cancelled(
+    kernel: FakeKernel, collector: Callable[[], bool]
+) -> None:
+    gc.enable()
+    kernel.sas = [gcm(spi=spi) for spi in range(1, 20)]
+    backend = XfrmBackend(stamp="off", socket_factory=kernel.socket)
+    reading = asyncio.create_task(backend.start())
+    while collector():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert collector()
+    assert not backend.mirror.synced
+    assert all(s.closed for s in kernel.opened)
+
+
+async def test_the_collector_runs_again_when_closed_while_reading_again(
+    kernel: FakeKernel, backend: XfrmBackend, collector: Callable[[], bool]
+) -> None:
+    gc.enable()
+    kernel.sas = [gcm(spi=spi) for spi in range(1, 20)]
+    kernel.emit(LOST)
+    backend.drain()
+    while collector():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await backend.aclose()
+    assert collector()
+
+
 async def test_a_thread_that_went_to_another_namespace(
     kernel: FakeKernel, backend: XfrmBackend, request: pytest.FixtureRequest
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 import struct
 from typing import Any
 
@@ -47,6 +50,7 @@ from xfrm_messages import (
     u32,
 )
 
+from ipsec_aio.compact import shared
 from ipsec_aio.enums import Direction, Mode, PolicyAction
 from ipsec_aio.errors import CodecError
 from ipsec_aio.events import (
@@ -64,7 +68,7 @@ from ipsec_aio.events import (
     SAsFlushed,
 )
 from ipsec_aio.flow import Mark, Selector
-from ipsec_aio.policy import Policy, PolicyKey
+from ipsec_aio.policy import Policy, PolicyKey, Template
 from ipsec_aio.sa import SA, Algorithm, Encapsulation, Lifetime, Offload, SAKey, Usage
 from ipsec_aio.wire import netlink as wire
 from ipsec_aio.wire import xfrm
@@ -676,6 +680,93 @@ def test_sas_round_trip(
     assert found.key == SAKey(destination, proto, spi, Mark(*marks), interface)
     assert found.aead == Algorithm("gcm", bits, 96)
     assert found.esn is bool(flags & 128)
+
+
+def described(first: bool, reqid: int) -> list[Any]:
+    """An SA and a policy as decoded, or as their users make them."""
+    if first:
+        told = template(A, B, reqid=reqid, mode=1)
+        return [
+            sa(GCM, if_id(3), reqid=reqid, mode=1, usage=(1, 2, 3, 4)),
+            policy(attribute(5, told), mark(1, 3), priority=9),
+        ]
+    gcm = Algorithm("rfc4106(gcm(aes))", 160, 128)
+    return [
+        SA(
+            destination=B,
+            proto=50,
+            spi=0x1001,
+            source=A,
+            mode=Mode.TUNNEL,
+            reqid=reqid,
+            if_id=3,
+            aead=gcm,
+            replay_window=32,
+            usage=Usage(1, 2, 3, 4),
+        ),
+        Policy(
+            selector=Selector(A, B, 32, 32, family=2),
+            priority=9,
+            index=8,
+            templates=(Template(source=A, destination=B, reqid=reqid, mode=Mode.TUNNEL, family=2),),
+            mark=Mark(1, 3),
+        ),
+    ]
+
+
+def test_what_is_decoded_is_what_a_user_makes() -> None:
+    for decoded, made in zip(described(True, 5), described(False, 5), strict=True):
+        assert decoded == made
+        assert hash(decoded) == hash(made)
+        assert repr(decoded) == repr(made)
+        assert type(decoded) is type(made)
+        assert copy.copy(decoded) == made
+        assert pickle.loads(pickle.dumps(decoded)) == made
+        assert {decoded: 1}[made] == 1
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            decoded.if_id = 4
+    for decoded, made in zip(described(True, 5), described(False, 6), strict=True):
+        assert decoded != made
+    found, made = described(True, 6)[0], described(False, 7)[0]
+    assert dataclasses.replace(found, reqid=7) == made
+    assert dataclasses.replace(made, mode=Mode.BEET, reqid=6) == dataclasses.replace(
+        found, mode=Mode.BEET
+    )
+
+
+def test_a_decoder_shares_what_is_equal() -> None:
+    first, second = sa(GCM, spi=1, usage=(1, 1, 1, 1)), sa(GCM, spi=2, usage=(2, 2, 2, 2))
+    assert shared(first, second)
+    assert first.source is second.source
+    assert first.selector is second.selector
+    for other in (
+        sa(GCM, spi=1, proto=51),
+        sa(GCM, spi=1, mode=1),
+        sa(GCM, spi=1, replay_window=33),
+        sa(GCM, spi=1, flags=1),
+        sa(GCM, spi=1, limits=lifetime(seconds=(1, 1, 1, 1))),
+        sa(GCM, attribute(33, b"\x01"), spi=1),
+        sa(algorithm(18, "rfc4106(gcm(aes))", 288, 128), spi=1),
+        sa(algorithm(18, "rfc4106(gcm(aes))", 160, 64), spi=1),
+    ):
+        assert not shared(first, other)
+        assert first != other
+    for other in (policy(priority=1), policy(direction=1), policy(action=1), policy(flags=1)):
+        assert not shared(policy(), other)
+        assert policy() != other
+
+
+def test_a_decoder_remembers_a_bounded_number() -> None:
+    decoder = xfrm.Decoder(limit=4)
+    for n in range(100):
+        address = bytes([10, 0, 0, n])
+        data = message(NEWSA, sa_info(address, B, reqid=n, sel=selector(address, B, family=2)))
+        (m,) = wire.messages(data, len(data))
+        (added,) = decoder.decode(data, m)
+        assert isinstance(added, SAAdded)
+        assert (added.sa.source, added.sa.reqid, added.sa.selector.source) == (address, n, address)
+    tables = [decoder._selectors, decoder._numbers, *decoder._addresses.values()]
+    assert all(len(table) <= 4 for table in tables)
 
 
 def test_the_key_pattern_is_where_the_kernel_puts_keys() -> None:
