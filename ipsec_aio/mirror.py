@@ -177,10 +177,13 @@ class Mirror:
             deadlines.append(self._young[0] + POLICY_AGE)
         return min(deadlines, default=None)
 
+    @property
+    def ages(self) -> bool:
+        """Whether :meth:`advance` will have something to do."""
+        return bool(self._tombs or self._young)
+
     def advance(self, now: float) -> None:
         """Let tombstones expire and policies come of age."""
-        if not (self._tombs or self._young):
-            return
         changed = False
         while any(_forgotten(record) <= now for record in self._oldest()):
             self._forget_oldest()

@@ -512,11 +512,6 @@ class MemoryBackend(TableBackend):
         self.check_loop()
         return _Registration(lambda: self.resolver.generation)
 
-    def drain(self) -> None:
-        """Let time pass in the mirror."""
-        with self._lock:
-            super().drain()
-
     def resolve(self, evidence: Evidence) -> PToken:
         """Return the token for this evidence, under the stamp that it would have got."""
         with self._lock:

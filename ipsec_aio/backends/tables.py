@@ -186,9 +186,12 @@ class TableBackend(Backend):
 
     def drain(self) -> None:
         """Let time pass in the mirror."""
-        self.mirror.advance(self.clock())
-        if self.mirror.epoch != self._seen:
-            self.changed()
+        mirror = self.mirror
+        if mirror.ages or mirror.epoch != self._seen:
+            with self.resolver.lock:
+                mirror.advance(self.clock())
+                if mirror.epoch != self._seen:
+                    self.changed()
 
     def resolve(self, evidence: Evidence) -> PToken:
         """Return the token for this evidence."""
