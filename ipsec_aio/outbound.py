@@ -139,7 +139,12 @@ def _usable(resolver: Resolver, template: Template, flow: Flow) -> Iterator[Reco
     """Yield the SAs that the kernel may take for a template (``xfrm_state_find()``)."""
     sad = resolver.mirror.sad
     tunnel = template.mode in TUNNELS
-    found = sad.tunnels() if tunnel else sad.transports(flow.source, flow.destination)
+    if not tunnel:
+        found = sad.transports(flow.source, flow.destination)
+    elif any(template.source) and any(template.destination):
+        found = sad.leading(template.source, template.destination)
+    else:
+        found = sad.admitting(flow.source, flow.destination, Direction.OUT)
     for record in found:
         sa = record.sa
         if (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, product
 from math import inf
 from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -20,6 +20,8 @@ __all__ = ["SAD", "Index", "Record"]
 
 _K = TypeVar("_K")
 _key = attrgetter("destination", "proto", "mark", "if_id")
+_DIRECTIONS = (Direction.IN, Direction.OUT)
+_UNSPECIFIED = (b"", bytes(4), bytes(16))
 _TUNNELS = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
 
 
@@ -102,6 +104,13 @@ class Index:
             self.between(bytes(len(peer)), local),
         )
 
+    def leading(self, source: bytes, destination: bytes) -> Iterable[Record]:
+        """Return the SAs with these outer addresses, or with any in the place of either."""
+        return chain.from_iterable(
+            self.between(*ends)
+            for ends in product((source, *_UNSPECIFIED), (destination, *_UNSPECIFIED))
+        )
+
     def admitting(
         self, source: bytes, destination: bytes, direction: Direction = Direction.IN
     ) -> Iterable[Record]:
@@ -128,9 +137,10 @@ class Index:
     def _ends(self, sa: SA) -> _Ends:
         if not _is_wide(sa.selector):
             return self._narrow
-        ends = self._wide.get(sa.direction)
+        direction = sa.direction if sa.direction in _DIRECTIONS else None
+        ends = self._wide.get(direction)
         if ends is None:
-            ends = self._wide[sa.direction] = _Ends()
+            ends = self._wide[direction] = _Ends()
         return ends
 
 

@@ -269,13 +269,14 @@ class SPD:
     def _count(self, policy: Policy, step: int) -> None:
         self.changes += 1
         self._size += step
+        marked, bound = policy.mark != (0, 0), policy.selector.ifindex != 0
+        if not (marked or bound):
+            return
         if policy.direction is Direction.IN:
-            self._marked += step * bool(policy.mark.mask or policy.mark.value)
-            self._by_interface += step * bool(policy.selector.ifindex)
+            self._marked += step * marked
+            self._by_interface += step * bound
         elif policy.direction is Direction.OUT:
-            self._conditional += step * bool(
-                policy.mark.mask or policy.mark.value or policy.selector.ifindex
-            )
+            self._conditional += step
 
 
 def _age(entry: _Entry) -> tuple[float, int]:

@@ -405,6 +405,10 @@ def _collector_off() -> Generator[None]:
     try:
         yield
     finally:
+        # What is young is old at once: else it would be looked at three times on the way there.
+        if not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()
 
 

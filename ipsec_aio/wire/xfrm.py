@@ -69,6 +69,7 @@ anybody believed it, and moves nothing. Whoever keys the SA does, and that is to
 
 _AF_INET = 2
 _AF_INET6 = 10
+_BITS = {_AF_INET: 32, _AF_INET6: 128}
 
 _NEWSA = 0x10
 _DELSA = 0x11
@@ -353,16 +354,11 @@ class Decoder:
 
     def _selector(self, data: bytes) -> Selector:
         destination, source, traffic = _SELECTOR.unpack(data)
-        family, source_prefix, destination_prefix, rest = _traffic(traffic)
+        family, rest = _traffic(traffic)
         if not family:
             return _NO_SELECTOR  # XFRM_STATE_AF_UNSPEC: the kernel does not look at the rest
         addresses = self._addresses[family]
-        destination = addresses[destination]
-        if max(destination_prefix, source_prefix) > len(destination) * 8:
-            raise CodecError("selector with a prefix longer than an address")
-        return Selector._make(
-            (addresses[source], destination, source_prefix, destination_prefix, *rest)
-        )
+        return Selector._make((addresses[source], addresses[destination], *rest))
 
     # Policies
 
@@ -597,12 +593,24 @@ def _shared_by_templates(before: bytes, behind: bytes) -> tuple[int, tuple[objec
 
 
 @lru_cache(maxsize=1024)
-def _traffic(data: bytes) -> tuple[int, int, int, tuple[int, ...]]:
-    """Return what a selector says beside its addresses: family, prefix lengths, the rest."""
-    ports, family, destination_prefix, source_prefix, proto, ifindex, user = _TRAFFIC.unpack(data)
+def _traffic(data: bytes) -> tuple[int, tuple[int, ...]]:
+    """Return a selector's family, and what it says beside its addresses."""
+    ports, family, to_prefix, from_prefix, proto, ifindex, user = _TRAFFIC.unpack(data)
+    if family and max(to_prefix, from_prefix) > _BITS.get(family, 255):
+        raise CodecError("selector with a prefix longer than an address")
     to_port, to_mask, from_port, from_mask = _PORTS.unpack(ports)
-    rest = (from_port, from_mask, to_port, to_mask, proto, family, ifindex, user)
-    return family, source_prefix, destination_prefix, rest
+    return family, (
+        from_prefix,
+        to_prefix,
+        from_port,
+        from_mask,
+        to_port,
+        to_mask,
+        proto,
+        family,
+        ifindex,
+        user,
+    )
 
 
 @lru_cache(maxsize=1024)

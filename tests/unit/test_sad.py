@@ -83,6 +83,12 @@ def test_look_ups_find_what_a_scan_finds(steps: list[tuple[SA, bool]], flows: li
         assert {r.sa for r in sad.between(*ends)} == {
             sa for sa in living if (sa.source, sa.destination) == ends
         }
+        open_ends = (b"", bytes(4), bytes(16))
+        assert {r.sa for r in sad.leading(*ends)} == {
+            other
+            for other in living
+            if other.source in (ends[0], *open_ends) and other.destination in (ends[1], *open_ends)
+        }
         assert {r.sa for r in sad.tunnels(sa.source)} == {
             other for other in living if other.source == sa.source and other.mode in TUNNELS
         }

@@ -425,6 +425,34 @@ async def test_the_collector_runs_again_when_closed_while_reading_again(
     assert collector()
 
 
+async def test_what_was_read_is_old_at_once(
+    kernel: FakeKernel, collector: Callable[[], bool]
+) -> None:
+    gc.enable()
+    kernel.sas = [gcm(spi=spi) for spi in range(1, 20)]
+    backend = XfrmBackend(stamp="off", socket_factory=kernel.socket)
+    await backend.start()
+    old = set(map(id, gc.get_objects(generation=2)))
+    assert {id(sa) for sa in backend.mirror.sas()} <= old
+    assert gc.get_freeze_count() == 0
+    await backend.aclose()
+
+
+async def test_what_the_program_froze_stays_frozen(
+    kernel: FakeKernel, collector: Callable[[], bool]
+) -> None:
+    gc.enable()
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        backend = XfrmBackend(stamp="off", socket_factory=kernel.socket)
+        await backend.start()
+        assert 0 < gc.get_freeze_count() <= count
+        await backend.aclose()
+    finally:
+        gc.unfreeze()
+
+
 async def test_a_thread_that_went_to_another_namespace(
     kernel: FakeKernel, backend: XfrmBackend, request: pytest.FixtureRequest
 ) -> None:
