@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -224,6 +225,15 @@ class Bench:
         return {"peers": heard, "bytes_per_peer": grown / max(heard - 100, 1)}
 
 
+def tables(records: int, rounds: int) -> list[dict[str, Any]]:
+    """A gateway's tables, in a process of their own."""
+    print(f"  tables of {records} SAs and policies", file=sys.stderr)
+    script = Path(__file__).with_name("tables.py")
+    command = [sys.executable, script, "--records", str(records), "--rounds", str(rounds)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in told.splitlines()]
+
+
 class Server:
     """A TCP server whose connections do nothing."""
 
@@ -325,6 +335,7 @@ def main() -> None:
         "sending": bench.sending,
         "accepting": bench.accepting,
         "memory": lambda: bench.memory(10_000 if arguments.quick else 100_000),
+        "tables": lambda: tables(*((10_000, 2) if arguments.quick else (100_000, 5))),
     }
     found: dict[str, Any] = {"machine": machine(bench)}
     started = time.monotonic()

@@ -24,6 +24,11 @@ def show(name: str, part: Any) -> None:
     if isinstance(part, dict):
         print(f"\n{name}: " + ", ".join(f"{key} {value:.0f}" for key, value in part.items()))
         return
+    if name == "tables":
+        print(f"\n{name}:")
+        for row in part:
+            print(f"  {row['mode']:10}" + ", ".join(_of_tables(row)))
+        return
     for cell in part:
         about = ", ".join(f"{k} {v}" for k, v in cell.items() if k not in ("rows", "extra"))
         print(f"\n{name}: {about}")
@@ -150,6 +155,36 @@ def _markdown(found: dict[str, Any]) -> Iterator[str]:
             f"\n### Memory\n\n{memory['bytes_per_peer']:.0f} bytes per peer of one endpoint, "
             f"with {memory['peers']} protected peers, each with a token of its own."
         )
+    if found.get("tables"):
+        yield from _tables(found["tables"])
+
+
+_TABLES = (
+    ("load_seconds", "read", "s"),
+    ("resync_seconds", "read again after a loss", "s"),
+    ("rekey_microseconds", "a rekey followed", "µs"),
+    ("stranger_microseconds", "a peer without SA or policy judged", "µs"),
+    ("megabytes", "memory", "MB"),
+)
+
+
+def _of_tables(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row[key]:.2f} {unit}" if unit == "s" else f"{row[key]:.0f} {unit}"
+        for key, _, unit in _TABLES
+    ]
+
+
+def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield (
+        "\n### Tables of a gateway\n\nCPU time of the xfrm backend, on sockets that give what a "
+        "kernel's would, and what Python has allocated for the tables; in a process of their own. "
+        "Of each time the best of several rounds.\n"
+    )
+    yield "| SAs and policies, each | " + " | ".join(what for _, what, _ in _TABLES) + " |"
+    yield "|---" * (len(_TABLES) + 1) + "|"
+    for row in rows:
+        yield f"| {row['sas']}, {row['mode']} mode | " + " | ".join(_of_tables(row)) + " |"
 
 
 def _label(cell: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ Rules:
   would, by the datagram, made beforehand. CPU time is this process's, the loop's turns in it.
 * Half of the SAs and policies are one way, half the other; each peer has its own. In transport
   mode each SA has the selector of its peer, in tunnel mode each template has its ends.
-* Memory is what Python has allocated for the tables, in a run of its own; best of several rounds.
+* Memory is what Python has allocated for the tables, in a run of its own; of times the best of
+  several rounds counts. The SAs have carried nothing yet: counters of their own take more.
+* Strangers are peers for whom there is neither an SA nor a policy: what tokens of theirs cost.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Awaitable, Iterable
 from typing import Any
 
 from ipsec_aio.backends.xfrm import XfrmBackend
+from ipsec_aio.evidence import IPPROTO_UDP, Evidence
 from ipsec_aio.wire.netlink import attribute
 
 NEWSA, DELSA, GETSA, NEWPOLICY, _, GETPOLICY = range(0x10, 0x16)
@@ -39,6 +42,7 @@ ANY = struct.pack("=40xH14x", 2)
 KEY = bytes(20)
 AEAD = attribute(18, b"rfc4106(gcm(aes))".ljust(64, b"\0") + struct.pack("=II", 160, 128) + KEY)
 REPLAY = struct.Struct("=6I")
+STRANGERS = 200
 
 
 class Gateway:
@@ -173,6 +177,11 @@ def message(kind: int, payload: bytes, sequence: int) -> bytes:
     return struct.pack("=IHHII", size, kind, 2, sequence, 0) + payload + bytes(-size % 4)
 
 
+def evidence(peer: int) -> Evidence:
+    """Of a datagram without a stamp."""
+    return Evidence(IPPROTO_UDP, LOCAL, 5000, peer.to_bytes(4, "big"), 40_000, mark=0)
+
+
 async def seconds(work: Awaitable[None]) -> float:
     """CPU time."""
     start = time.process_time()
@@ -226,6 +235,11 @@ class Run:
             events.tell(datagrams[first : first + 200])
             self.backend.drain()
         found["rekey"] = 2 * (time.process_time() - start) / len(datagrams)
+        strangers = [evidence(0x7F000000 + n) for n in range(STRANGERS)]
+        start = time.process_time()
+        for stranger in strangers:
+            self.backend.resolve(stranger)
+        found["stranger"] = (time.process_time() - start) / STRANGERS
         events.tell([OSError(errno.ENOBUFS, "")])
         self.backend.drain()
         found["resync"] = await seconds(synced(self.backend))
@@ -250,6 +264,7 @@ def measure(records: int, rounds: int = 5) -> list[dict[str, Any]]:
                 "load_seconds": best["load"],
                 "resync_seconds": best["resync"],
                 "rekey_microseconds": best["rekey"] * 1e6,
+                "stranger_microseconds": best["stranger"] * 1e6,
                 "megabytes": memory / 1e6,
             }
         )
