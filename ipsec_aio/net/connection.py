@@ -8,6 +8,8 @@ Rules:
   which kept clear segments off: then it is UNKNOWN for good. (A token that waits for its SA
   settles by itself.)
   The kernel's own latch keeps clear segments off as well, so there the token stands.
+* The backend is drained after a connection was accepted and before it is judged: once for those
+  that were accepted together.
 * What the backend said of a stamp and a peer holds for the peer's next connections as well, as long
   as the epoch stands still, and where it says that ports do not matter.
 * Every other connection is inferred from the SPD, which also judges the segments to come: it is
@@ -116,6 +118,8 @@ class Connection:
         self.evidence = _NOT_CONNECTED
         self.extra: MutableMapping[str, Any] | None = None
         """A transport's own extra information, where ``"ptoken"`` is looked up."""
+        if listeners is not None:
+            judge.accepted += 1
 
     def __del__(self) -> None:
         self.close()
@@ -126,7 +130,10 @@ class Connection:
         """Read the evidence of a connection that was made just now, and return its token."""
         judge = self.judge
         evidence = self.evidence = self._read(transport)
-        judge.drain()
+        if self._listeners is None:
+            judge.drain()
+        else:
+            judge.drain_for_accepted()
         token = self.cell.ptoken = judge.resolve_accepted(evidence)
         self._ceiling = token.assurance
         return token
@@ -163,7 +170,7 @@ class Connection:
         generation = 0
         enforcement = self.enforcement
         if listener is not None:
-            mark, generation, doubt = listener.read(mark)
+            mark, generation, doubt = listener.read(mark, self.judge.accepted)
             self._listener = listener
             listener.hold()
             enforcement = listener.enforcement_of(sock, here)
@@ -335,6 +342,8 @@ class Judge:
         "_loop",
         "_unsubscribe",
         "_when_closed",
+        "accepted",
+        "drained",
         "latched",
     )
 
@@ -342,6 +351,10 @@ class Judge:
         self._unsubscribe: Callable[[], None] = _nothing
         self._loop = loop
         self._backend = backend
+        self.accepted = 0
+        """How many connections were accepted."""
+        self.drained = -1
+        """How many were when the backend was drained for them."""
         self._epoch = backend.epoch
         self._known: dict[tuple[bytes, bytes, int | None, int], PToken] = {}
         self._when_closed = backend.resolve(_nowhere("the backend is closed"))
@@ -383,6 +396,12 @@ class Judge:
             self._backend.drain()
         except BackendError:
             pass
+
+    def drain_for_accepted(self) -> None:
+        """As :meth:`drain`, once for all connections that were accepted before."""
+        if self.drained != self.accepted:
+            self.drained = self.accepted
+            self.drain()
 
     def resolve(self, evidence: Evidence) -> PToken:
         """Return the token for this evidence; never raises."""

@@ -6,6 +6,7 @@ Rules:
   generation at accept. After a change, connections are in doubt until none can be left whose SYN
   came before it (``SETTLE``); then the listener is as good as new.
 * The listener's own SO_MARK must be 0, at each accept: connections inherit it.
+* All of this is looked at after accept(2), once for the connections that were accepted by then.
 * It must be plain TCP (an MPTCP connection has subflows that nobody stamped), in the backend's
   network namespace, and decrypted fragments must not reach reassembly.
 * What is not met goes into the evidence's ``doubt``, by name.
@@ -78,6 +79,7 @@ class Listener:
 
     __slots__ = (
         "__weakref__",
+        "_accepted",
         "_closed",
         "_early",
         "_enforcements",
@@ -86,6 +88,7 @@ class Listener:
         "_loop",
         "_marked",
         "_registration",
+        "_seen",
         "_since",
         "_sockets",
         "_unfit",
@@ -111,6 +114,8 @@ class Listener:
         self._holds = 0
         self._closed = False
         self._marked = False
+        self._accepted = -1
+        self._seen = (False, 0, "")
 
     @property
     def generation(self) -> int:
@@ -135,21 +140,32 @@ class Listener:
         """Note the generation that all handshakes will be of."""
         self._generation = self._registration.generation
 
-    def read(self, mark: int | None) -> tuple[int | None, int, str]:
+    def read(self, mark: int | None, accepted: int) -> tuple[int | None, int, str]:
         """Return mark, generation and doubt for a connection that was accepted just now with a
         mark; the mark is None where it means nothing.
+
+        ``accepted`` counts connections: one look serves all that were accepted before it.
         """
+        if accepted != self._accepted:
+            self._seen = self._look()
+            self._accepted = accepted
+        means, generation, doubt = self._seen
+        if not means:
+            return None, generation, doubt
+        if mark is None and generation:
+            doubt = "the mark cannot be read"
+        return mark, generation, doubt
+
+    def _look(self) -> tuple[bool, int, str]:
+        """Return whether marks mean anything, generation and doubt as they are at this moment."""
         registration = self._registration
         generation = registration.generation
         if generation != self._generation:
             self._generation = generation
             self._since = self._loop.time()
         doubt = self._unfit or (self._doubt() if generation else "")
-        if doubt or not registration.reads_marks or (not generation and self._is_marked()):
-            return None, generation, doubt
-        if mark is None and generation:
-            doubt = "the mark cannot be read"
-        return mark, generation, doubt
+        means = not doubt and registration.reads_marks and (generation or not self._is_marked())
+        return bool(means), generation, doubt
 
     def hold(self) -> None:
         """Keep the port registered for one connection more."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from typing import Any
 
 import pytest
 
-from ipsec_aio import Assurance, MemoryBackend
+from ipsec_aio import Assurance, MemoryBackend, create_server
 from ipsec_aio.backends.memory import selector
 from ipsec_aio.backends.tables import TableBackend
 from ipsec_aio.evidence import IPPROTO_TCP, Evidence
 from ipsec_aio.flow import pack_address
 from ipsec_aio.net import connection
 from ipsec_aio.net.connection import Judge
+from ipsec_aio.net.listening import Listener
 from ipsec_aio.tokens import PToken
 
 HERE, PEER, OTHER = "192.0.2.1", "192.0.2.2", "192.0.2.3"
@@ -143,3 +145,77 @@ async def test_what_is_kept_is_bounded(
         for number, peer in enumerate(peers, 1):
             assert judge.resolve_accepted(backend.seen(number, peer)).protected
             assert len(judge._known) <= 3
+
+
+class Order(Stamped):
+    """Notes when it was drained, among what else is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[Any] = []
+
+    def drain(self) -> None:
+        self.noted.append("drain")
+        super().drain()
+
+
+async def test_what_the_kernel_told_before_each_accept_is_known_at_its_verdict() -> None:
+    backend = Order()
+    waves, wave = 3, 10
+    done: asyncio.Queue[None] = asyncio.Queue()
+
+    class Numbered(asyncio.Protocol):
+        def __init__(self) -> None:
+            self.number = sum(isinstance(note, tuple) for note in backend.noted)
+            backend.noted.append(("accepted", self.number))
+
+        def connection_made(self, transport: Any) -> None:
+            backend.noted.append(self.number)
+            transport.abort()
+            done.put_nowait(None)
+
+    server = await create_server(Numbered, "127.0.0.1", 0, backend=backend, start_serving=False)
+    backend.noted.clear()
+    await server.start_serving()
+    where = server.sockets[0].getsockname()
+    clients: list[socket.socket] = []
+    for _ in range(waves):
+        clients += [socket.create_connection(where) for _ in range(wave)]
+        for _ in range(wave):
+            await done.get()
+    for client in clients:
+        client.close()
+    server.close()
+    await server.wait_closed()
+    for number in range(waves * wave):
+        accepted, made = backend.noted.index(("accepted", number)), backend.noted.index(number)
+        assert "drain" in backend.noted[accepted:made]
+
+
+async def test_one_look_at_the_listener_serves_those_accepted_before_it(backend: Stamped) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        registration: Any = await backend.register(IPPROTO_TCP, sock.getsockname()[1])
+        marks: Any = Marks(registration)
+        listener = Listener(asyncio.get_running_loop(), backend, marks, [sock])
+        generation = backend.resolver.generation
+        assert listener.read(7, 1) == (7, generation, "")
+        sock.close()
+        assert listener.read(8, 1) == (8, generation, "")
+        assert "a mark of its own" in listener.read(8, 2)[2]
+        assert listener.read(8, 2)[0] is None
+        backend.restore_stamp()
+        assert listener.read(8, 3)[1] == backend.resolver.generation != generation
+        assert "the stamp changed" in listener.read(8, 3)[2]
+
+
+class Marks:
+    """A registration under which marks are read."""
+
+    reads_marks = True
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)

@@ -478,9 +478,9 @@ async def test_a_socket_that_cannot_be_examined_is_in_doubt() -> None:
         closed = socket.socket()
         closed.close()
         assert "cannot be examined" in listening.unfitness(closed, backend)
-        assert listener.read(0) == (0, registration.generation, "")
-        assert listener.read(None)[2] == "the mark cannot be read"
-    assert listener.read(0)[2] == "the listening socket has a mark of its own"
+        assert listener.read(0, 1) == (0, registration.generation, "")
+        assert listener.read(None, 1)[2] == "the mark cannot be read"
+    assert listener.read(0, 2)[2] == "the listening socket has a mark of its own"
 
 
 async def test_a_connection_whose_socket_cannot_be_examined_is_in_doubt() -> None:
