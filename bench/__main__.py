@@ -203,7 +203,7 @@ class Bench:
     def memory(self, peers: int) -> dict[str, Any]:
         """Bytes per peer of an endpoint that has heard from very many."""
         print(f"  memory of {peers} peers", file=sys.stderr)
-        backend = facts(1)
+        backend = facts(0)
         if not hasattr(backend, "add_visitors"):
             return {}
         backend.add_visitors()
@@ -213,6 +213,7 @@ class Bench:
         endpoint.receive(100)
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
+        epoch = backend.epoch
         step = 1000
         for first in range(100, peers, step):
             count = min(step, peers - first)
@@ -221,6 +222,8 @@ class Bench:
         heard = endpoint.transport.ipsec_stats.protected
         grown = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
+        if backend.epoch != epoch:
+            raise RuntimeError("the peers were forgotten meanwhile")
         endpoint.close()
         return {"peers": heard, "bytes_per_peer": grown / max(heard - 100, 1)}
 

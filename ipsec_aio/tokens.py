@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .sa import SA
     from .sad import Record
 
-__all__ = ["PENDING_LIMIT", "PENDING_SECONDS", "PToken", "Resolver"]
+__all__ = ["PENDING_LIMIT", "PENDING_SECONDS", "VERDICT_LIMIT", "PToken", "Resolver"]
 
 PENDING_SECONDS = 2.0
 """How long a token waits for the SA that its packet was stamped with, and an SA's identities
@@ -49,6 +49,8 @@ after the SA came.
 """
 PENDING_LIMIT = 4096
 """How many tokens wait at once; further ones are UNKNOWN for good."""
+VERDICT_LIMIT = 1024
+"""How many verdicts are kept to be shared."""
 
 # How many forks lie between the process that loaded the module and this one.
 _forks = 0
@@ -380,6 +382,8 @@ class Resolver(TruthTable):
         self._forks = _forks
         self._interned: WeakValueDictionary[tuple[object, ...], PToken] = WeakValueDictionary()
         self._waiting: WeakSet[PToken] = WeakSet()
+        # Equal verdicts are one object: a tunnel may have very many peers.
+        self._verdicts: dict[Verdict, Verdict] = {}
 
     @property
     def stale(self) -> bool:
@@ -538,8 +542,15 @@ class Resolver(TruthTable):
         key = _channel(evidence, verdict, identities)
         token = self._interned.get(key)
         if token is None:
+            verdict = self._shared(verdict)
+            key = _channel(evidence, verdict, identities)
             token = self._interned[key] = _make(self, evidence, verdict, None, identities)
         return token
+
+    def _shared(self, verdict: Verdict) -> Verdict:
+        if len(self._verdicts) >= VERDICT_LIMIT:
+            self._verdicts.clear()
+        return self._verdicts.setdefault(verdict, verdict)
 
 
 def _channel(
