@@ -36,12 +36,21 @@ class Prefixes(Generic[_V]):
     def __init__(self) -> None:
         self._shapes: dict[_Shape, dict[int, _V]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._shapes)
+
+    def get(self, place: Place) -> _V | None:
+        """Return what is kept at a place."""
+        shape, key = place
+        values = self._shapes.get(shape)
+        return None if values is None else values.get(key)
+
     def at(self, shape: _Shape) -> dict[int, _V]:
-        """Return what there is of these prefix lengths, for filling."""
+        """Return what there is of these prefix lengths, to put something in or take it out."""
         return self._shapes.setdefault(shape, {})
 
     def prune(self, shape: _Shape) -> None:
-        """Forget prefix lengths that are no longer in use."""
+        """Forget prefix lengths that are no longer in use, after taking something out."""
         if not self._shapes[shape]:
             del self._shapes[shape]
 

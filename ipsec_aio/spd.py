@@ -67,8 +67,7 @@ class _Table:
 
     def find(self, key: _Key, where: list[Place]) -> _Entry | None:
         if len(where) == 1:
-            ((shape, number),) = where
-            found = self.places.at(shape).get(number)
+            found = self.places.get(where[0])
             if found is None:
                 return None
             if isinstance(found, _Entry):
@@ -224,7 +223,7 @@ class SPD:
         policy = entry.policy
         table = self._table(policy.direction, policy.kind)
         table.remove(entry, places(policy.selector, policy.if_id))
-        if not any(True for _ in table):
+        if not (table.named or table.places):
             del self._tables[policy.direction, policy.kind]
         self._count(policy, -1)
         return policy

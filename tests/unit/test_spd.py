@@ -259,3 +259,36 @@ def test_a_lookup_does_not_scan():
     for _ in range(100):
         assert spd.lookup(flow, Direction.IN)
     assert time.perf_counter() - start < 0.1  # a scan takes ten times that and more
+
+
+def test_asking_for_what_is_not_there_leaves_nothing_behind():
+    spd = SPD()
+    spd.add(policy(A, 32), 0)
+    (table,) = spd._tables.values()
+    before = len(table.places._shapes)
+    for prefix in range(1, 32):
+        absent = policy(A, prefix, B, prefix)
+        assert spd.get(absent.key) is None
+        assert spd.remove(absent.key) is None
+    assert len(table.places._shapes) == before
+
+
+def test_what_is_crowded_is_not_scanned():
+    spd = SPD()
+    start = time.perf_counter()
+    pairs = [
+        policy(A, 32, n.to_bytes(4, "big"), 32, index=n * 8, proto=proto)
+        for n in range(5_000)
+        for proto in (6, 17)
+    ]
+    for p in pairs:
+        spd.add(p, 0)
+    assert len(list(spd)) == len(spd) == 10_000
+    for p in pairs:
+        assert spd.get(p.key) is p
+    for p in pairs[:-1]:
+        assert spd.remove(p.key) is p
+    assert list(spd) == pairs[-1:]
+    assert spd.remove(pairs[-1].key)
+    assert not spd._tables
+    assert time.perf_counter() - start < 5  # a scan for each takes minutes
