@@ -124,7 +124,7 @@ class Connection:
     def __del__(self) -> None:
         self.close()
         if self._cookie is not None:
-            registry.forget(self._cookie)
+            registry.forget(self._cookie, self)
 
     def made(self, transport: asyncio.BaseTransport) -> PToken:
         """Read the evidence of a connection that was made just now, and return its token."""

@@ -19,27 +19,32 @@ if TYPE_CHECKING:
 __all__ = ["forget", "living", "recall", "remember"]
 
 # Plain references, which their owners take out: one that does so itself costs five times as much.
-_connections: dict[int, ref[Connection]] = {}
+_living: dict[int, ref[Connection]] = {}
+_numbered: dict[int, ref[Connection]] = {}
 
 
 def remember(cookie: int, connection: Connection) -> None:
     """Have :func:`recall` and :func:`living` find a connection, until it says :func:`forget`."""
-    _connections[cookie] = ref(connection)
+    _living[id(connection)] = _numbered[cookie] = ref(connection)
 
 
-def forget(cookie: int) -> None:
+def forget(cookie: int, connection: Connection) -> None:
     """A connection is going. Idempotent; in any thread."""
-    _connections.pop(cookie, None)
+    _living.pop(id(connection), None)
+    # Another may have taken its place, for a duplicate of the same socket.
+    reference = _numbered.get(cookie)
+    if reference is not None and reference() in (None, connection):
+        _numbered.pop(cookie, None)
 
 
 def living() -> list[Connection]:
     """Return all connections, of all loops."""
-    found = (reference() for reference in list(_connections.values()))
+    found = (reference() for reference in list(_living.values()))
     return [connection for connection in found if connection is not None]
 
 
 def recall(sock: socket.socket) -> Connection | None:
     """Return the connection of ours that this is the socket of, None for any other socket."""
     cookie = socket_cookie(sock)
-    reference = None if cookie is None else _connections.get(cookie)
+    reference = None if cookie is None else _numbered.get(cookie)
     return None if reference is None else reference()

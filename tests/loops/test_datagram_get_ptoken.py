@@ -83,7 +83,7 @@ async def test_a_connection_of_ours_has_its_own(tcp: Any) -> None:
     registry.remember(cookie, cell)
     assert get_ptoken(far) is cell.ptoken
     assert get_ptoken(far.fileno()) is cell.ptoken
-    registry.forget(cookie)
+    registry.forget(cookie, cell)
     with pytest.raises(ipsec_aio.BackendUnavailable):
         get_ptoken(far)
 

@@ -518,3 +518,16 @@ async def test_a_port_that_no_listener_has_is_in_doubt() -> None:
         token = stray.made(client.transport)
         assert token.assurance is Assurance.UNKNOWN
         assert "no listener" in repr(token)
+
+
+async def test_a_duplicate_of_its_socket_keeps_no_news_from_a_connection() -> None:
+    backend = protecting()
+    judge = Judge.of(asyncio.get_running_loop(), backend)
+    async with one_connection(backend) as (_, protocol):
+        stray = Connection(judge, None)
+        stray.made(protocol.transport)
+        del stray
+        assert protocol.transport.get_extra_info("ptoken").assurance is Assurance.EXACT
+        backend.lose_stamp()
+        await epoch_seen()
+        assert protocol.transport.get_extra_info("ptoken").assurance is Assurance.UNKNOWN

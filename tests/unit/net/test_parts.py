@@ -61,10 +61,26 @@ class TestRegistry:
             assert registry.recall(same) is connection
             assert registry.recall(other) is None
             assert connection in registry.living()
-            registry.forget(cookie)
-            registry.forget(cookie)
+            registry.forget(cookie, connection)
+            registry.forget(cookie, connection)
             assert registry.recall(sock) is None
             assert connection not in registry.living()
+
+    def test_two_connections_of_one_socket_do_not_hide_each_other(self) -> None:
+        one: Any = TokenCell(token())
+        two: Any = TokenCell(token())
+        with socket.socket() as sock:
+            cookie = socket_cookie(sock)
+            assert cookie is not None
+            registry.remember(cookie, one)
+            registry.remember(cookie, two)
+            assert {one, two} <= set(registry.living())
+            registry.forget(cookie, one)
+            assert registry.recall(sock) is two
+            assert one not in registry.living()
+            assert two in registry.living()
+            registry.forget(cookie, two)
+            assert registry.recall(sock) is None
 
     def test_a_connection_that_is_gone_is_nobodys(self) -> None:
         gone: Any = TokenCell()
@@ -72,10 +88,14 @@ class TestRegistry:
             cookie = socket_cookie(sock)
             assert cookie is not None
             registry.remember(cookie, gone)
+            number = id(gone)
             del gone
             assert registry.recall(sock) is None
             assert None not in registry.living()
-            registry.forget(cookie)
+            other: Any = TokenCell()
+            registry.forget(cookie, other)
+            assert cookie not in registry._numbered
+            registry._living.pop(number, None)
 
     def test_a_closed_socket_is_nobodys(self) -> None:
         sock = socket.socket()
