@@ -483,21 +483,38 @@ async def test_a_socket_that_cannot_be_examined_is_in_doubt() -> None:
     assert listener.read(0, 2)[2] == "the listening socket has a mark of its own"
 
 
-async def test_a_connection_whose_socket_cannot_be_examined_is_in_doubt() -> None:
+@pytest.mark.parametrize(
+    ("face", "reason"),
+    [
+        ("gone on uvloop", "cannot be examined"),
+        ("closed", "has no number"),
+        ("unix", "not an IP socket"),
+        ("none", "not an IP socket"),
+    ],
+)
+async def test_a_connection_whose_socket_cannot_be_examined_is_in_doubt(
+    face: str, reason: str
+) -> None:
     backend = protecting()
     judge = Judge.of(asyncio.get_running_loop(), backend)
+    one, other = socket.socketpair()
+    closed = socket.socket()
+    closed.close()
 
     class Gone:
         def fileno(self) -> int:
             return -1
 
+    faces = {"gone on uvloop": Gone(), "closed": closed, "unix": one, "none": None}
+
     class Lost(asyncio.Transport):
         def get_extra_info(self, name: str, default: Any = None) -> Any:
-            return Gone() if name == "socket" else (HOST, 1)
+            return faces[face] if name == "socket" else (HOST, 1)
 
-    token = Connection(judge, {}).made(Lost())
+    with one, other:
+        token = Connection(judge, {}).made(Lost())
     assert token.assurance is Assurance.UNKNOWN
-    assert "cannot be examined" in repr(token)
+    assert reason in repr(token)
 
 
 async def test_a_closed_backend_makes_every_socket_unfit() -> None:

@@ -286,3 +286,4 @@ def test_a_socket_is_examined_and_stays_its_owners() -> None:
             assert sockopts.socket_cookie(sock) == cookie
     with pytest.raises((OSError, ValueError)):
         sockopts.examine(_StandIn(sock), sockopts.mark_and_cookie)
+    assert sockopts.examine(sock, sockopts.mark_and_cookie) == (None, None)
