@@ -218,6 +218,8 @@ class Decoder:
         self._selectors = _Known(self._selector, limit)
         self._templates = _Known(self._parsed_templates, limit)
         self._numbers: _Known[int, int] = _Known(int, limit)
+        # Those that were used differ; of the others there are many alike, side by side.
+        self._usages = _Known(self._usage, min(limit, 1024))
 
     def decode(self, buffer: Buffer, message: Message) -> tuple[Event, ...]:
         """Turn one message of the kernel into what happened.
@@ -330,7 +332,7 @@ class Decoder:
         sa.source = addresses[source]
         sa.reqid = self._numbers[reqid]
         sa.selector = self._selectors[selector]
-        sa.usage = _usage(used)
+        sa.usage = self._usages[used]
         if layout.apart:
             apart = layout.set_apart(buffer, rest)
             sa.mark = _mark(apart)
@@ -351,6 +353,10 @@ class Decoder:
             int.from_bytes(destination_port),
             self._addresses[family][original] if any(original) else b"",
         )
+
+    def _usage(self, data: bytes) -> Usage:
+        octets, packets, added, used = _USED.unpack(data)
+        return Usage(octets, packets, self._numbers[added], self._numbers[used])
 
     def _selector(self, data: bytes) -> Selector:
         destination, source, traffic = _SELECTOR.unpack(data)
@@ -420,7 +426,7 @@ class Decoder:
         policy.templates = self._templates[apart[_TMPL]] if _TMPL in apart else ()
         policy.mark = _mark(apart)
         policy.if_id = _u32(apart, _IF_ID)
-        policy.usage = _usage(used)
+        policy.usage = self._usages[used]
         policy.__class__ = Policy
         return cast("Policy", policy)
 
@@ -620,11 +626,6 @@ def _lifetime(data: bytes) -> Lifetime:
     # Unlike amounts, no seconds are no limit.
     seconds = (None if limit in (0, _INFINITE) else limit for limit in limits[4:])
     return Lifetime(*amounts, *seconds)
-
-
-@lru_cache(maxsize=1024)
-def _usage(data: bytes) -> Usage:
-    return Usage._make(_USED.unpack(data))
 
 
 def _algorithm(parts: _Parts, kind: int) -> Algorithm | None:
