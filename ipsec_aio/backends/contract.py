@@ -52,6 +52,9 @@ class Registration(ABC):
         doubt (IP_RECVFRAGSIZE tells) and no stream is EXACT.
         """
 
+    def refresh(self) -> None:  # noqa: B027 (most have nothing of the kind)
+        """Take in what changes without telling. Streams call it after accepting."""
+
     @abstractmethod
     def close(self) -> None:
         """Give the port back. Idempotent; never raises."""
@@ -69,8 +72,9 @@ class Backend(ABC):
     @property
     @abstractmethod
     def epoch(self) -> int:
-        """Changes whenever an earlier answer of :meth:`resolve` may no longer hold: also at
-        :meth:`aclose`, so that endpoints which outlive the backend ask again and fail closed.
+        """Changes whenever an earlier answer of :meth:`resolve` may no longer hold, or what a
+        :class:`Registration` says is another: also at :meth:`aclose`, so that endpoints which
+        outlive the backend ask again and fail closed.
         """
 
     @property

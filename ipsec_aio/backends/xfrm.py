@@ -82,6 +82,8 @@ class XfrmBackend(TableBackend):
         self._mode: StampMode = cast("StampMode", stamp)
         self._stamp = Stamp()
         self._sockets: _Sockets | None = None
+        # Readable as soon as any source of facts is: one system call asks for all of them.
+        self._poll: select.epoll | None = None
         self._cookie: int | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._marks: object = (False, frozenset())
@@ -99,12 +101,15 @@ class XfrmBackend(TableBackend):
         if self.loop is not None or self.closed:
             raise BackendUnavailable(errno.EINVAL, "a backend is started once")
         self.bind_loop()
+        self._poll = select.epoll()
         try:
             await self._load_repeatedly(_OPEN_TRIES)
             self._check_namespace()
             self._stamp = await open_stamp(
                 self._mode, marks=self._mark_users, on_change=self._stamp_changed
             )
+            if self._stamp.fileno() >= 0:
+                self._poll.register(self._stamp.fileno(), select.EPOLLIN)
             self._stamp_changed()
         except BaseException:
             await self.aclose()
@@ -124,19 +129,10 @@ class XfrmBackend(TableBackend):
         """
         if self.closed or self.resolver.stale or self._thread != threading.get_ident():
             return
-        with self._lock:
-            self._stamp.refresh()
-            sockets = self._sockets
-            if sockets is not None and sockets.waiting():
-                try:
-                    sockets.links.drain()
-                    sockets.events.drain()
-                except (OSError, ValueError) as error:
-                    self._lose(sockets, error)
-                self._look_at_links()
-            if self._marks_matter:
-                self._look_at_marks()
-            super().drain()
+        if self._poll is not None and self._poll.poll(0, 1):
+            with self._lock:
+                self._take_in()
+        super().drain()
 
     def check(self) -> None:
         """Raise BackendUnavailable when not started, closed, forked, or in another thread."""
@@ -176,6 +172,7 @@ class XfrmBackend(TableBackend):
             # After a fork loop, stamp and kernel state are the parent's: only descriptors are ours.
             self.closed = True
             self._close_sockets()
+            self._close_poll()
             return
         if self.loop is not None and not self.loop.is_closed():
             self.check_loop()
@@ -184,9 +181,23 @@ class XfrmBackend(TableBackend):
                 await asyncio.wait([self._recovery])
         self._stamp.close()
         self._close_sockets()
+        self._close_poll()
         await super().aclose()
 
     # Events
+
+    def _take_in(self) -> None:
+        self._stamp.refresh()
+        sockets = self._sockets
+        if sockets is not None:
+            try:
+                sockets.links.drain()
+                sockets.events.drain()
+            except (OSError, ValueError) as error:
+                self._lose(sockets, error)
+            self._look_at_links()
+        if self._marks_matter:
+            self._look_at_marks()
 
     def _take_event(self, event: Event) -> None:
         self._marks_matter = True
@@ -272,7 +283,9 @@ class XfrmBackend(TableBackend):
         self.mirror.begin_resync(self.clock())
         self.changed()
         self._check_namespace()
-        sockets = self._sockets = _Sockets(self._factory, self._take_event, self.drain)
+        assert self._poll is not None  # noqa: S101
+        sockets = _Sockets(self._factory, self._take_event, self.drain, self._poll)
+        self._sockets = sockets
         with _collector_off(), closing(XfrmDumps(factory=self._factory)) as dumps:
             take = partial(self.mirror.load, now=self.clock())
             for build in (xfrm.dump_sas, xfrm.dump_policies):
@@ -291,6 +304,11 @@ class XfrmBackend(TableBackend):
         sockets, self._sockets = self._sockets, None
         if sockets is not None:
             sockets.close(unwatch=not (self.resolver.stale or sockets.loop.is_closed()))
+
+    def _close_poll(self) -> None:
+        poll, self._poll = self._poll, None
+        if poll is not None:
+            poll.close()
 
     def _check_namespace(self) -> None:
         cookie = _namespace()
@@ -339,6 +357,7 @@ class _Sockets:
         factory: SocketFactory,
         take: Callable[[Event], None],
         readable: Callable[[], None],
+        poll: select.epoll,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         with ExitStack() as opened:
@@ -348,15 +367,10 @@ class _Sockets:
             opened.callback(self.requests.close)
             self.links = Links(factory=factory)
             opened.callback(self.links.close)
-            self._poll = opened.enter_context(select.epoll())
             for source in (self.events, self.links):
-                self._poll.register(source.fileno(), select.EPOLLIN)
+                poll.register(source.fileno(), select.EPOLLIN)
                 self.loop.add_reader(source.fileno(), readable)
             self._opened = opened.pop_all()
-
-    def waiting(self) -> bool:
-        """Say whether there are events, or an error: one system call for both sockets."""
-        return bool(self._poll.poll(0))
 
     def close(self, *, unwatch: bool) -> None:
         if unwatch:
@@ -387,6 +401,10 @@ class _Registration(Registration):
     def keeps_fragments(self) -> bool:
         """Whether decrypted inner fragments reach reassembly."""
         return self._stamp.keeps_fragments
+
+    def refresh(self) -> None:
+        """Read the sysctl, of whose changes nobody tells."""
+        self._stamp.tcp_ready()
 
     def close(self) -> None:
         """Give the port back. Idempotent."""

@@ -117,11 +117,18 @@ class Stamp:
         Call it after receiving and before evidence is judged. It may call ``on_change``.
         """
 
+    def fileno(self) -> int:
+        """The descriptor that is readable while :meth:`refresh` has something to take in; or -1."""
+        return -1
+
     def marks_changed(self) -> None:
         """Ask for :class:`MarkUsers` again: the backend's SAs or policies changed."""
 
     def tcp_ready(self) -> bool:
-        """Say whether accepted connections carry their handshake's mark now (about 1 µs)."""
+        """Say whether accepted connections carry their handshake's mark now (about 1 µs).
+
+        Nothing tells when that changes: ask after accepting. It may call ``on_change``.
+        """
         return False
 
     def close(self) -> None:
@@ -194,6 +201,7 @@ class KernelStamp(Stamp):
             if self._mode == "use":
                 return Coverage(self, None)
             raise BackendError(errno.EINVAL, str(error)) from None
+        before = self.generation_of(wanted)
         self._covered[wanted] += 1
         self._tcp_covered += wanted.protocol == _TCP
         coverage = Coverage(self, wanted)
@@ -210,7 +218,12 @@ class KernelStamp(Stamp):
                 refusal = self._sysctl_refusal
             coverage.close()
             raise refusal
+        if coverage.generation != before:
+            self._on_change()
         return coverage
+
+    def fileno(self) -> int:
+        return self._events.fileno()
 
     def uncover(self, port: Port | None) -> None:
         if port is None or self._unusable:

@@ -12,6 +12,9 @@ Rules:
   not fit, or that was truncated, is :class:`Odd`, and its evidence is cut to its own length.
 * The endpoints of a thread share its regions, and no two threads one: a false token would come of
   that. Nothing is left in a region when a call returns.
+* What all slots need is close together, so that it stays in the processor's caches: payloads begin
+  in one small piece for each, and what is longer goes on in another one far away.
+* What the kernel wrote into the headers is taken apart only where it differs from the last time.
 """
 
 from __future__ import annotations
@@ -29,14 +32,28 @@ from typing import Any
 
 from ipsec_aio.wire.cmsg import ControlMessage, split
 
-__all__ = ["CONTROL", "NAME_SIZES", "SLOTS", "Batch", "Odd", "Taken", "address", "batch_for"]
+__all__ = [
+    "CONTROL",
+    "NAME_SIZES",
+    "NEAR",
+    "SLOTS",
+    "Batch",
+    "Odd",
+    "Taken",
+    "address",
+    "batch_for",
+]
 
 SLOTS = 64
 """Datagrams per call."""
-CONTROL = 224
-"""Bytes for the control messages of one datagram."""
-NAME_SIZES: Mapping[int, int] = {socket.AF_INET: 16, socket.AF_INET6: 32}
-"""Where control messages begin in what came beside a datagram: after the aligned sockaddr."""
+CONTROL = 160
+"""Bytes for the control messages of one datagram: all that are asked for take 120."""
+NEAR = 2048
+"""Bytes of a payload that are kept close to those of others."""
+NAME_SIZES: Mapping[int, int] = {socket.AF_INET: 8, socket.AF_INET6: 32}
+"""Where control messages begin in what came beside a datagram: after the sockaddr, aligned, without
+the padding of sockaddr_in.
+"""
 
 # struct iovec and struct mmsghdr of 64-bit Linux: bits/types/struct_iovec.h, bits/socket.h.
 _IOVEC = struct.Struct("=QQ")
@@ -44,7 +61,7 @@ _HEADER = struct.Struct("=QI4xQQQQi4xI4x")
 # msg_controllen, msg_flags, msg_len.
 _TOLD = "40xQi4xI4x"
 _DONTWAIT = int(socket.MSG_DONTWAIT)
-_SIN = struct.Struct("=H2s4s8x")
+_SIN = struct.Struct("=H2s4s")
 _SIN6 = struct.Struct("=H2s4s16sI")
 
 
@@ -74,105 +91,142 @@ class Batch:
     ``payload`` and ``control`` are how many bytes of each are taken of a datagram.
     """
 
-    def __init__(self, call: Callable[..., int], family: int, payload: int, control: int) -> None:
+    def __init__(
+        self,
+        call: Callable[..., int],
+        family: int,
+        payload: int,
+        control: int,
+        slots: int = SLOTS,
+    ) -> None:
         self.thread = threading.get_ident()
         self._call = call
+        self._slots = slots
         name = NAME_SIZES[family]
         self._name = name
         self._slot = slot = name + _aligned(control, 8)
+        near = min(payload, NEAR)
+        far = payload - near
         # Equal offsets of payloads in pages would meet in a few lines of the caches.
-        stride = _aligned(payload, 64) + 1280
-        headers = _IOVEC.size * SLOTS
-        slots = headers + _HEADER.size * SLOTS
-        end = slots + slot * SLOTS
-        payloads = _aligned(end, mmap.PAGESIZE)
+        self._stride = stride = _aligned(near, 64) + 64
+        area = _HEADER.size * slots
+        end = area + slot * slots
+        vectors = _aligned(end, 64)
+        payloads = vectors + 2 * _IOVEC.size * slots
+        rests = _aligned(payloads + stride * slots, mmap.PAGESIZE)
         # Private: a forked child must not receive into its parent's region.
         self._region = region = mmap.mmap(
-            -1, payloads + stride * SLOTS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            -1, rests + far * slots, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
         base = ctypes.addressof(ctypes.c_char.from_buffer(region))
-        self._starts = tuple(range(payloads, payloads + stride * SLOTS, stride))
+        self._starts = tuple(range(payloads, payloads + stride * slots, stride))
+        self._rests = tuple(rests + far * index for index in range(slots))
         for index, start in enumerate(self._starts):
-            iovec, beside = _IOVEC.size * index, slots + slot * index
-            _IOVEC.pack_into(region, iovec, base + start, payload)
+            vector, beside = vectors + 2 * _IOVEC.size * index, area + slot * index
+            _IOVEC.pack_into(region, vector, base + start, near)
+            _IOVEC.pack_into(region, vector + _IOVEC.size, base + self._rests[index], far)
             _HEADER.pack_into(
                 region,
-                headers + _HEADER.size * index,
+                _HEADER.size * index,
                 base + beside,
                 name,
-                base + iovec,
-                1,
+                base + vector,
+                2,
                 base + beside + name,
                 control,
                 0,
                 0,
             )
-        self._headers = headers
-        self._slots = slots
-        self._headers_at = ctypes.c_void_p(base + headers)
-        self._fresh = region[headers:end]
-        self._reset = slice(headers, end)
-        self._told = [struct.Struct("=" + _TOLD * count) for count in range(SLOTS + 1)]
-        # The size that the last batch began with, and the last one that was cut in one go.
-        self._size = -1
-        self._cuts = -1, struct.Struct("")
-        self._beside: dict[tuple[int, int], struct.Struct] = {}
+        self._near = near
+        self._beside_at = area
+        self._address = ctypes.c_void_p(base)
+        self._fresh = region[:end]
+        self._reset = slice(0, end)
+        self._headers = slice(0, area)
+        # The headers of the last call, and what they say.
+        self._told = b""
+        self._count = 0
+        self._sizes: tuple[int, ...] = ()
+        self._lengths: tuple[int, ...] = ()
+        self._flags: tuple[int, ...] = ()
+        # The length of all control messages; -1 where one is different, or has flags.
+        self._plain = -1
+        # What cuts all payloads at once; worth its while where the headers recur.
+        self._cut: struct.Struct | None = None
+        self._uncut = False
+        self._cuts: dict[tuple[int, int], struct.Struct] = {}
 
     def receive(self, fd: int, expected: int) -> Taken:
-        """Take what is there, up to SLOTS datagrams, each with ``expected`` bytes of control
+        """Take what is there, up to ``slots`` datagrams, each with ``expected`` bytes of control
         messages as far as the caller can guess.
 
         Raises the OSError that the socket's own methods would, BlockingIOError where nothing is
-        there. An error behind some datagrams is raised by the next call; so less than SLOTS
+        there. An error behind some datagrams is raised by the next call; so less than that
         datagrams do not say that the queue was empty.
         """
         region = self._region
         region[self._reset] = self._fresh
-        count = self._call(fd, self._headers_at, SLOTS, _DONTWAIT, None)
+        count = self._call(fd, self._address, self._slots, _DONTWAIT, None)
         if count < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-        beside = self._beside.get((count, expected))
+        beside = self._cuts.get((count, expected))
         if beside is None:
             beside = self._struct(count, expected)
-        starts = self._starts
-        told = self._told[count].unpack_from(region, self._headers)
-        evidence = beside.unpack_from(region, self._slots)
-        sizes = told[2::3]
-        size = sizes[0]
-        payloads: Sequence[bytes]
-        if size == self._size and sizes == (size,) * SLOTS:
-            payloads = self._cut(size).unpack_from(region, starts[0])
-        else:
-            self._size = size
-            payloads = [
-                region[start : start + size] for start, size in zip(starts, sizes, strict=False)
-            ]
-        lengths, flags = told[::3], told[1::3]
-        if lengths == (expected,) * count and not any(flags):
+        told = region[self._headers]
+        if told != self._told or count != self._count:
+            self._read(told, count)
+        elif self._uncut:
+            self._cut, self._uncut = self._cutter(), False
+        cut = self._cut
+        payloads: Sequence[bytes] = (
+            self._slices() if cut is None else cut.unpack_from(region, self._starts[0])
+        )
+        evidence = beside.unpack_from(region, self._beside_at)
+        if self._plain == expected:
             return payloads, evidence, _NOTHING
-        return payloads, evidence, self._odd(lengths, flags, expected)
+        return payloads, evidence, self._odd(expected)
 
-    def _cut(self, size: int) -> struct.Struct:
-        """What cuts a full batch's payloads of one size; worth its while when the size recurs."""
-        if size != self._cuts[0]:
-            gap = self._starts[1] - self._starts[0] - size
-            self._cuts = size, struct.Struct(f"{size}s{gap}x" * (SLOTS - 1) + f"{size}s")
-        return self._cuts[1]
+    def _read(self, told: bytes, count: int) -> None:
+        """Take apart what the kernel has written into the headers."""
+        self._told, self._count = told, count
+        numbers = struct.unpack_from("=" + _TOLD * count, told)
+        self._lengths, self._flags, self._sizes = numbers[::3], numbers[1::3], numbers[2::3]
+        length = self._lengths[0]
+        plain = self._lengths == (length,) * count and not any(self._flags)
+        self._plain = length if plain else -1
+        self._cut = None
+        self._uncut = max(self._sizes) <= self._near
+
+    def _cutter(self) -> struct.Struct:
+        stride = self._stride
+        return struct.Struct(
+            "".join(f"{size}s{stride - size}x" for size in self._sizes[:-1]) + f"{self._sizes[-1]}s"
+        )
+
+    def _slices(self) -> list[bytes]:
+        region, near = self._region, self._near
+        if max(self._sizes) <= near:
+            return [
+                region[start : start + size]
+                for start, size in zip(self._starts, self._sizes, strict=False)
+            ]
+        return [
+            region[start : start + min(size, near)] + region[rest : rest + max(size - near, 0)]
+            for start, rest, size in zip(self._starts, self._rests, self._sizes, strict=False)
+        ]
 
     def _struct(self, count: int, expected: int) -> struct.Struct:
         wanted = min(self._name + expected, self._slot)
         made = struct.Struct(f"{wanted}s{self._slot - wanted}x" * count)
-        self._beside[count, expected] = made
+        self._cuts[count, expected] = made
         return made
 
-    def _odd(
-        self, lengths: tuple[int, ...], flags: tuple[int, ...], expected: int
-    ) -> Mapping[int, Odd]:
+    def _odd(self, expected: int) -> Mapping[int, Odd]:
         odd: dict[int, Odd] = {}
-        for index, (length, flag) in enumerate(zip(lengths, flags, strict=True)):
+        for index, (length, flag) in enumerate(zip(self._lengths, self._flags, strict=True)):
             if length != expected or flag:
-                start = self._slots + self._slot * index
+                start = self._beside_at + self._slot * index
                 odd[index] = Odd(self._region[start : start + self._name + length], length, flag)
         return odd
 

@@ -109,6 +109,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._witness = witness
         self._address = address
         # The way out where no peer is fixed and nothing else stands in the way.
+        self._recvmsg = sock.recvmsg
         self._direct = sock.sendto if self._peer is None and not address else None
         self._segments = runs_udp(sock)
         ip = sock.family in (socket.AF_INET, socket.AF_INET6)
@@ -220,21 +221,17 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             self._loop.add_reader(self._fd, self._on_readable)
 
     def _on_readable(self) -> None:
+        """Receive what is there. One datagram goes straight on: there each call is paid for by
+        every wake-up.
+        """
         if self._reading_paused or self._closing:
             return
-        batch = self._batch
-        if batch is None:
-            self._receive_some()
-        elif self._sparse:
-            self._sparse -= 1
-            self._receive_one()
-        else:
-            self._receive_batch(batch)
-
-    def _receive_one(self) -> None:
-        assert self._sock is not None  # noqa: S101
+        if not self._sparse:
+            self._receive_many()
+            return
+        self._sparse -= 1
         try:
-            data, told, flags, addr = self._sock.recvmsg(self._receive_size, _CONTROL_BUFFER)
+            data, told, flags, addr = self._recvmsg(self._receive_size, _CONTROL_BUFFER)
         except (BlockingIOError, InterruptedError):
             self._watch_again()
             return
@@ -243,20 +240,39 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             return
         witness = self._witness
         witness.look()
+        entry = None
         if not (flags or self._backlog or self._waiting):
             beside = (addr, *told)
-            counters = self._counters
             entry = witness.find_protected(beside)
             if entry is not None:
-                counters.protected += 1
+                self._counters.protected += 1
             else:
                 entry = witness.find_clear(beside)
-            if entry is not None:
-                counters.received += 1
-                self._hand_over(data, *entry)
-                return
-        self._backlog.append((data, addr, witness.judge(addr, told, flags)))
-        self._deliver()
+        if entry is None:
+            self._backlog.append((data, addr, witness.judge(addr, told, flags)))
+            self._deliver()
+            return
+        self._counters.received += 1
+        addr, token = entry
+        current.set(token)
+        try:
+            if self._gives_token:
+                self._protocol.datagram_received(data, addr, token)
+            else:
+                self._protocol.datagram_received(data, addr)
+        except (SystemExit, KeyboardInterrupt):
+            current.set(None)
+            self._loop.call_soon(self._start_reading, context=self._context)
+            raise
+        except BaseException as exc:
+            self._report(exc, "Exception in a callback for a received datagram")
+
+    def _receive_many(self) -> None:
+        batch = self._batch
+        if batch is None:
+            self._receive_some()
+        else:
+            self._receive_batch(batch)
 
     def _receive_batch(self, batch: Batch) -> None:
         if batch.thread != get_ident():

@@ -159,6 +159,7 @@ class Listener:
     def _look(self) -> tuple[bool, int, str]:
         """Return whether marks mean anything, generation and doubt as they are at this moment."""
         registration = self._registration
+        registration.refresh()
         generation = registration.generation
         if generation != self._generation:
             self._generation = generation

@@ -127,6 +127,11 @@ class Witness:
         self._others: dict[object, Judged] = {}
         self.find_protected: Callable[[object], Entry | None] = self._protected.get
         self.find_clear: Callable[[object], Entry | None] = self._clear.get
+        # The epoch that was last looked at, and the version of the enforcement.
+        self._epoch = -1
+        self._version = 0
+        # Whether nothing but these two can change what is concluded.
+        self._settled = False
         self._state: object = None
         self._gap = False
         self._unsubscribe: Callable[[], None] = _nothing
@@ -169,20 +174,30 @@ class Witness:
             epoch = backend.epoch
         except BackendError:
             epoch = -1
-        generation = self._stamp()
-        enforced = 0 if self._enforcement is None else self._enforcement.version
-        # A stamp that is lost and restored has another generation: nothing was in between.
-        covered = self._covered
-        state = epoch, generation, covered, enforced
+        enforcement = self._enforcement
+        if (
+            epoch != self._epoch
+            or not self._settled
+            or (enforcement is not None and enforcement.version != self._version)
+        ):
+            self._look_closely(epoch)
+
+    def _look_closely(self, epoch: int) -> None:
+        generation, covered = self._stamp(), self._covered
+        version = 0 if self._enforcement is None else self._enforcement.version
+        state = epoch, version, generation, covered
         if state != self._state:
             self._state = state
+            self._epoch, self._version = epoch, version
             self._generation = generation
+            # A stamp that is lost and restored has another generation: nothing was in between.
             self._gap = generation not in (0, covered)
             self._forget()
         if generation != covered:
             self._cover()
         if not self._port:
             self._locate()
+        self._settled = generation == covered and self._port > 0
 
     def welcome(self, evidence: Sequence[bytes]) -> tuple[list[Entry], int] | None:
         """Return sender and token of datagrams that a :class:`~.batch.Batch` has received.

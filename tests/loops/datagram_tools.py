@@ -79,8 +79,9 @@ class Plain(asyncio.DatagramProtocol):
 class Stamp(Registration):
     """A stamp whose state the test sets."""
 
-    def __init__(self, port: int, generation: int = 7) -> None:
+    def __init__(self, port: int, changed: Callable[[], None], generation: int = 7) -> None:
         self.port = port
+        self._changed = changed
         self.closed = False
         self._generation = generation
         self.marks = True
@@ -93,6 +94,7 @@ class Stamp(Registration):
     @generation.setter
     def generation(self, value: int) -> None:
         self._generation = value
+        self._changed()
 
     @property
     def reads_marks(self) -> bool:
@@ -129,7 +131,7 @@ class Witnessing(ipsec_aio.MemoryBackend):
     async def register(self, protocol: int, port: int) -> Registration:
         del protocol
         self.check()
-        stamp = Stamp(port)
+        stamp = Stamp(port, self.mirror.bump)
         for name, value in self.stamp.items():
             setattr(stamp, name, value)
         self.stamps.append(stamp)

@@ -225,6 +225,20 @@ async def test_install_mode_replaces_a_flushed_persistent_table(
     assert not stamp_table.read(admin).installed
 
 
+async def test_covering_a_port_tells_of_it(opened: Open, admin: NftSocket) -> None:
+    """Whoever asked for the port's generation before has to ask again."""
+    persistent(admin)
+    changes: list[int] = []
+    stamp = await opened("use", on_change=lambda: changes.append(stamp.generation))
+    port = stamp_table.Port(UDP, 5000)
+    assert not stamp.generation_of(port)
+    covered = stamp.cover(UDP, 5000)
+    assert changes == [covered.generation] == [stamp.generation_of(port)]
+    changes.clear()
+    stamp.cover(UDP, 5000)
+    assert not changes
+
+
 async def test_changes_are_told_by_the_loop(opened: Open, admin: NftSocket) -> None:
     changed = asyncio.Event()
     stamp = await opened("use", on_change=changed.set)
