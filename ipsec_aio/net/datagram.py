@@ -38,7 +38,7 @@ from .batch import CONTROL, SLOTS, batch_for
 from .context import current
 from .protocols import DatagramProtocol, takes_token
 from .refusals import Refusals
-from .segments import REFUSALS, UDP_SEGMENT, run, segment_size
+from .segments import REFUSALS, UDP_SEGMENT, joined, run, segment_size
 from .stats import Counters, IPsecStats
 from .waiting import Waiting
 from .witness import Verdict, runs_udp
@@ -575,7 +575,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             else:
                 told = [(socket.IPPROTO_UDP, UDP_SEGMENT, segment_size(sizes[start]))]
                 try:
-                    self._sock.sendmsg(waiting[start:end], told, 0, addr)
+                    self._sock.sendmsg(joined(waiting[start:end]), told, 0, addr)
                 except (BlockingIOError, InterruptedError):
                     end = start
                 except Exception as exc:
