@@ -31,14 +31,14 @@ import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import Context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_TCP, Evidence
 from ipsec_aio.flow import unmap
-from ipsec_aio.kernel.sockopts import examine, mark_and_cookie
+from ipsec_aio.kernel.sockopts import examine, read_mark
 
 from . import registry
 from .context import TokenCell
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from .enforce import Enforcement
     from .latching import Guard
 
-__all__ = ["KNOWN_LIMIT", "Connection", "Judge"]
+__all__ = ["KNOWN_LIMIT", "Connection", "Facts", "Judge"]
 
 KNOWN_LIMIT = 4096
 """How many peers' tokens are kept for their next connections."""
@@ -64,6 +64,30 @@ KNOWN_LIMIT = 4096
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _NO_CONTEXT = Context()
 _judges: WeakValueDictionary[tuple[int, int], Judge] = WeakValueDictionary()
+
+
+class Facts(NamedTuple):
+    """What was read of a connection: addresses as its socket has them, mark, generation, doubt."""
+
+    local: tuple[Any, ...]
+    peer: tuple[Any, ...]
+    mark: int | None
+    generation: int
+    doubt: str
+
+    def evidence(self) -> Evidence:
+        """The same as evidence."""
+        local, peer, mark, generation, doubt = self
+        return Evidence(
+            IPPROTO_TCP,
+            _packed(local[0]),
+            local[1],
+            _packed(peer[0]),
+            peer[1],
+            mark,
+            generation,
+            doubt=doubt,
+        )
 
 
 class Connection:
@@ -78,22 +102,22 @@ class Connection:
     uses one context for several connections.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_ceiling",
-        "_cookie",
-        "_listener",
-        "_listeners",
-        "_transport",
-        "cell",
-        "context",
-        "enforcement",
-        "evidence",
-        "extra",
-        "guard",
-        "judge",
-        "shared",
-    )
+    # What most connections never change stands here: making one is paid for by each accept.
+    enforcement: Enforcement | None = None
+    context = _NO_CONTEXT
+    """The context that callbacks belong in."""
+    guard: Guard | None = None
+    """What follows its latch; None where it is not latched."""
+    extra: MutableMapping[str, Any] | None = None
+    """A transport's own extra information, where ``"ptoken"`` is looked up."""
+    cookie: int | None = None
+    """The kernel's number of its socket, once somebody has asked for it (:mod:`.registry`)."""
+    protected: bool | None = None
+    """Whether its first token is protected; None where that is not settled."""
+    _listener: Listener | None = None
+    _ceiling = Assurance.UNKNOWN
+    _evidence: Evidence | None = None
+    _facts: Facts
 
     def __init__(
         self,
@@ -103,40 +127,42 @@ class Connection:
         shared: bool = False,
     ) -> None:
         self.cell = TokenCell()
-        self.enforcement: Enforcement | None = None
         self.judge = judge
-        self._listeners = listeners
-        self._listener: Listener | None = None
-        self._cookie: int | None = None
-        self._ceiling = Assurance.UNKNOWN
-        self._transport: Callable[[], asyncio.BaseTransport | None] = _nothing
-        self.context = _NO_CONTEXT
-        """The context that callbacks belong in."""
         self.shared = shared
-        self.guard: Guard | None = None
-        """What follows its latch; None where it is not latched."""
-        self.evidence = _NOT_CONNECTED
-        self.extra: MutableMapping[str, Any] | None = None
-        """A transport's own extra information, where ``"ptoken"`` is looked up."""
+        self._facts = _NOT_CONNECTED
+        self._listeners = listeners
+        self._transport: Callable[[], asyncio.BaseTransport | None] = _nothing
         if listeners is not None:
             judge.accepted += 1
 
     def __del__(self) -> None:
         self.close()
-        if self._cookie is not None:
-            registry.forget(self._cookie, self)
+        registry.forget(self)
 
     def made(self, transport: asyncio.BaseTransport) -> PToken:
         """Read the evidence of a connection that was made just now, and return its token."""
+        registry.remember(self)
         judge = self.judge
-        evidence = self.evidence = self._read(transport)
+        facts = self._facts = self._read(transport)
         if self._listeners is None:
             judge.drain()
         else:
             judge.drain_for_accepted()
-        token = self.cell.ptoken = judge.resolve_accepted(evidence)
-        self._ceiling = token.assurance
+        if self._listeners is None or self._evidence is not None:
+            token = judge.resolve(self.evidence)
+        else:
+            token, self.protected = judge.resolve_accepted(facts)
+        if self.protected is None:
+            self._ceiling = token.assurance
+        self.cell.ptoken = token
         return token
+
+    @property
+    def evidence(self) -> Evidence:
+        """What its token rests on."""
+        if self._evidence is None:
+            self._evidence = self._facts.evidence()
+        return self._evidence
 
     @property
     def ptoken(self) -> PToken | None:
@@ -148,60 +174,53 @@ class Connection:
         """``"kernel"`` or ``"user"``: where its requirement is enforced."""
         return "user" if self.enforcement is None else self.enforcement.place
 
-    def _read(self, transport: asyncio.BaseTransport) -> Evidence:
+    def _read(self, transport: asyncio.BaseTransport) -> Facts:
         sock: socket.socket | None = transport.get_extra_info("socket")
         local = transport.get_extra_info("sockname")
         peer = transport.get_extra_info("peername")
         if sock is None or not local or not peer:
             return _nowhere("not an IP socket")
-        try:
-            mark, cookie = examine(sock, mark_and_cookie)
-        except (OSError, ValueError) as error:
-            return _nowhere(f"the socket cannot be examined: {error}")
-        if cookie is None:
-            return _nowhere("the socket has no number")
-        self._cookie = cookie
-        registry.remember(cookie, self)
-        listener = None if self._listeners is None else self._listeners.get(local[1])
+        listener, mark = None, None
+        if self._listeners is not None:
+            try:
+                mark = examine(sock, read_mark)
+            except (OSError, ValueError) as error:
+                return _nowhere(f"the socket cannot be examined: {error}")
+            listener = self._listeners.get(local[1])
         # Ports of IP sockets alone have listeners.
-        if listener is None and sock.family not in _IP_FAMILIES:
-            return _nowhere("not an IP socket")
-        here, there = _packed(local), _packed(peer)
-        generation = 0
-        enforcement = self.enforcement
         if listener is not None:
-            mark, generation, doubt = listener.read(mark, self.judge.accepted)
+            facts = Facts(local, peer, *listener.read(mark, self.judge.accepted))
             self._listener = listener
             listener.hold()
-            enforcement = listener.enforcement_of(sock, here)
+        elif sock.family not in _IP_FAMILIES:
+            return _nowhere("not an IP socket")
+        elif self._listeners is None:
+            facts = Facts(local, peer, None, 0, unfitness(sock, self.judge.backend))
         else:
-            mark = None
-            if self._listeners is None:
-                doubt = unfitness(sock, self.judge.backend)
-            else:
-                doubt = "no listener of ours has this port"
-        if enforcement is None:
-            return Evidence(
-                IPPROTO_TCP, here, local[1], there, peer[1], mark, generation, doubt=doubt
-            )
-        evidence = Evidence(
-            IPPROTO_TCP,
-            here,
-            local[1],
-            there,
-            peer[1],
-            mark,
-            generation,
-            doubt=doubt,
-            enforced=enforcement.template,
-        )
+            facts = Facts(local, peer, None, 0, "no listener of ours has this port")
+        if self.enforcement is not None or (listener is not None and listener.enforces):
+            self._adopt(sock, facts, listener)
+        return facts
+
+    def _adopt(self, sock: socket.socket, facts: Facts, listener: Listener | None) -> None:
+        """Have the connection's own policy follow the SPD, and ask that, in whose place it is."""
+        evidence = facts.evidence()
+        enforcement = self.enforcement
         if listener is not None:
-            self.enforcement = enforcement.inherit(sock, Where(here, local[1], there, peer[1]))
+            enforcement = listener.enforcement_of(sock, evidence.local)
+        if enforcement is None:
+            return
+        evidence = replace(evidence, enforced=enforcement.template)
+        if listener is not None:
+            where = Where(evidence.local, evidence.local_port, evidence.peer, evidence.peer_port)
+            self.enforcement = enforcement.inherit(sock, where)
         else:
             enforcement.handed_over(sock)
         if self.enforcement is not None:
             self.enforcement.changed = weakly(self._enforced_otherwise)
-        return evidence if doubt else replace(evidence, doubt=enforcement.objection(evidence))
+        if not evidence.doubt:
+            evidence = replace(evidence, doubt=enforcement.objection(evidence))
+        self._evidence = evidence
 
     def carried_by(self, transport: asyncio.BaseTransport) -> None:
         """Note the loop's transport."""
@@ -287,7 +306,7 @@ class Connection:
         """Ask again, and take no answer that claims more than the first."""
         evidence, enforcement = self.evidence, self.enforcement
         if enforcement is not None:
-            evidence = self.evidence = replace(evidence, enforced=enforcement.template)
+            evidence = self._evidence = replace(evidence, enforced=enforcement.template)
             evidence = replace(evidence, doubt=enforcement.objection(evidence))
         token = self.judge.resolve(evidence)
         if self._ceiling is Assurance.UNKNOWN:
@@ -312,7 +331,7 @@ class Connection:
         if self.guard is not None:
             self.guard.void()
         e = self.evidence
-        self.evidence = Evidence(
+        self._evidence = Evidence(
             e.protocol, e.local, e.local_port, e.peer, e.peer_port, doubt=reason
         )
         self._replace(self.judge.resolve(self.evidence))
@@ -356,8 +375,8 @@ class Judge:
         self.drained = -1
         """How many were when the backend was drained for them."""
         self._epoch = backend.epoch
-        self._known: dict[tuple[bytes, bytes, int | None, int], PToken] = {}
-        self._when_closed = backend.resolve(_nowhere("the backend is closed"))
+        self._known: dict[tuple[str, str, int | None, int], tuple[PToken, bool]] = {}
+        self._when_closed = backend.resolve(_nowhere("the backend is closed").evidence())
         self.latched: WeakSet[Connection] = WeakSet()
         self._unsubscribe = backend.subscribe(weakly(self._changed))
 
@@ -410,34 +429,39 @@ class Judge:
         except BackendError:
             return self._when_closed
 
-    def resolve_accepted(self, evidence: Evidence) -> PToken:
-        """Return the token for a connection that was accepted just now; never raises.
+    def resolve_accepted(self, facts: Facts) -> tuple[PToken, bool | None]:
+        """Return the token for a connection that was accepted just now, and whether it is
+        protected where that is settled; never raises.
 
         What a stamp proves of a peer is the same for all its connections, while nothing changes.
         """
-        if not evidence.generation or evidence.doubt:
-            return self.resolve(evidence)
+        local, peer, mark, generation, doubt = facts
+        if not generation or doubt:
+            return self.resolve(facts.evidence()), None
         backend, known = self._backend, self._known
         if self._epoch != backend.epoch:
             self._epoch = backend.epoch
             known.clear()
-        key = (evidence.local, evidence.peer, evidence.mark, evidence.generation)
-        token = known.get(key)
-        if token is None:
-            token = self.resolve(evidence)
-            settled = token.assurance is not Assurance.UNKNOWN and not token.pending
-            if settled and backend.ignores_ports(evidence):
-                if len(known) >= KNOWN_LIMIT:
-                    known.clear()
-                known[key] = token
-        return token
+        key = local[0], peer[0], mark, generation
+        found = known.get(key)
+        if found is not None:
+            return found
+        evidence = facts.evidence()
+        token = self.resolve(evidence)
+        if token.assurance is Assurance.UNKNOWN or token.pending:
+            return token, None
+        if backend.ignores_ports(evidence):
+            if len(known) >= KNOWN_LIMIT:
+                known.clear()
+            known[key] = token, token.protected
+        return token, token.protected
 
     def _changed(self) -> None:
         # Latches first: what conflicts is held before anybody is told of new tokens.
         for latched in list(self.latched):
             if latched.guard is not None:
                 latched.guard.look()
-        closed = self.resolve(_nowhere("a trial")) is self._when_closed
+        closed = self.resolve(_nowhere("a trial").evidence()) is self._when_closed
         for connection in registry.living():
             if connection.judge is self:
                 connection.review(closed=closed)
@@ -446,16 +470,15 @@ class Judge:
 def _nothing() -> None: ...
 
 
-def _nowhere(doubt: str) -> Evidence:
-    return Evidence(IPPROTO_TCP, b"", 0, b"", 0, doubt=doubt)
+def _nowhere(doubt: str) -> Facts:
+    return Facts(("", 0), ("", 0), None, 0, doubt)
 
 
 _NOT_CONNECTED = _nowhere("not connected yet")
 
 
-def _packed(address: Any) -> bytes:
+def _packed(host: str) -> bytes:
     """Pack the host of an IP socket's address."""
-    host: str = address[0]
-    if len(address) == 2:
-        return socket.inet_pton(socket.AF_INET, host)
+    if ":" not in host:
+        return socket.inet_pton(socket.AF_INET, host) if host else b""
     return unmap(socket.inet_pton(socket.AF_INET6, host.partition("%")[0]))

@@ -213,6 +213,14 @@ class Guard:
     def _expire(self) -> None:
         self._timer = None
         self._end(False, self.latch.advance(self._judge.time()))
+        if self.latch.state is LatchState.BROKEN:
+            # uvloop's timers are rounded, so this one may have been early.
+            self._await_end()
+
+    def _await_end(self) -> None:
+        deadline = self.latch.next_deadline()
+        if deadline is not None:
+            self._timer = self._judge.call_at(deadline, self._expire)
 
     def _end(self, news: bool, moved: bool) -> None:
         raw = self.raw
@@ -244,9 +252,7 @@ class Guard:
         if raw.is_closing():
             return
         self._flow()
-        deadline = latch.next_deadline()
-        if deadline is not None:
-            self._timer = self._judge.call_at(deadline, self._expire)
+        self._await_end()
 
     def _settle_later(self, outlook: Outlook) -> None:
         if self.latch.waiting and self._timer is None:

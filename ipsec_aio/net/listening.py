@@ -123,6 +123,11 @@ class Listener:
         return self._registration.generation
 
     @property
+    def enforces(self) -> bool:
+        """Whether any of its sockets has a policy of its own."""
+        return len(self._enforcements) > 0
+
+    @property
     def enforced(self) -> bool:
         """Whether the kernel enforces the requirement on all its sockets."""
         return len(self._enforcements) > 0 and all(

@@ -1,8 +1,8 @@
 """Which connections are ours, by the kernel's own number of their socket.
 
 SO_COOKIE is never reused while the machine runs, so a descriptor that was closed and given out
-again cannot be taken for the connection before it. Only what lives is kept: an entry goes with
-its connection.
+again cannot be taken for the connection before it. A number is asked for only when somebody looks
+for a connection by its socket. Only what lives is kept: an entry goes with its connection.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 from weakref import ref
 
-from ipsec_aio.kernel.sockopts import socket_cookie
+from ipsec_aio.kernel.sockopts import examine, socket_cookie
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -20,21 +20,28 @@ __all__ = ["forget", "living", "recall", "remember"]
 
 # Plain references, which their owners take out: one that does so itself costs five times as much.
 _living: dict[int, ref[Connection]] = {}
+# Those whose number nobody has asked for yet, and the others by it.
+_new: dict[int, ref[Connection]] = {}
 _numbered: dict[int, ref[Connection]] = {}
 
 
-def remember(cookie: int, connection: Connection) -> None:
+def remember(connection: Connection) -> None:
     """Have :func:`recall` and :func:`living` find a connection, until it says :func:`forget`."""
-    _living[id(connection)] = _numbered[cookie] = ref(connection)
+    key = id(connection)
+    _living[key] = _new[key] = ref(connection)
 
 
-def forget(cookie: int, connection: Connection) -> None:
+def forget(connection: Connection) -> None:
     """A connection is going. Idempotent; in any thread."""
-    _living.pop(id(connection), None)
-    # Another may have taken its place, for a duplicate of the same socket.
-    reference = _numbered.get(cookie)
-    if reference is not None and reference() in (None, connection):
-        _numbered.pop(cookie, None)
+    key = id(connection)
+    _living.pop(key, None)
+    _new.pop(key, None)
+    cookie = connection.cookie
+    if cookie is not None:
+        # Another may have taken its place, for a duplicate of the same socket.
+        reference = _numbered.get(cookie)
+        if reference is not None and reference() in (None, connection):
+            _numbered.pop(cookie, None)
 
 
 def living() -> list[Connection]:
@@ -45,6 +52,27 @@ def living() -> list[Connection]:
 
 def recall(sock: socket.socket) -> Connection | None:
     """Return the connection of ours that this is the socket of, None for any other socket."""
+    for key, reference in list(_new.items()):
+        connection = reference()
+        if connection is not None and _number(connection):
+            _new.pop(key, None)
     cookie = socket_cookie(sock)
-    reference = None if cookie is None else _numbered.get(cookie)
-    return None if reference is None else reference()
+    found = None if cookie is None else _numbered.get(cookie)
+    return None if found is None else found()
+
+
+def _number(connection: Connection) -> bool:
+    """Ask for a connection's number; False while its socket is not to be had."""
+    transport = connection.transport
+    sock = None if transport is None else transport.get_extra_info("socket")
+    if sock is None:
+        return False
+    try:
+        cookie = examine(sock, socket_cookie)
+    except (OSError, ValueError):
+        return False  # it is closed
+    if cookie is None:
+        return False
+    connection.cookie = cookie
+    _numbered[cookie] = ref(connection)
+    return True

@@ -30,7 +30,9 @@ def segment_size(size: int) -> bytes:
     return _SIZE.pack(size)
 
 
-def joined(datagrams: Sequence[bytes]) -> Sequence[bytes]:
+def joined(
+    datagrams: Sequence[bytes | bytearray | memoryview],
+) -> Sequence[bytes | bytearray | memoryview]:
     """Return a run's buffers for sendmsg: small ones as one, which costs less than a list."""
     return [b"".join(datagrams)] if len(datagrams[0]) <= _SMALL else datagrams
 

@@ -290,30 +290,19 @@ class _Handover(asyncio.Protocol):
     What it refuses of a server's it resets.
     """
 
-    __slots__ = (
-        "_connection",
-        "_early",
-        "_ended",
-        "_lost",
-        "_raw",
-        "_terms",
-        "_waiting",
-        "begun",
-        "error",
-        "protocol",
-        "transport",
-    )
+    transport: asyncio.Transport | None = None
+    error: ProtectionError | None = None
+    begun = False
+    _waiting: asyncio.Task[None] | None = None
+    _raw: asyncio.Transport | None = None
+    _early: Sequence[bytes] = ()
+    _ended = False
+    _lost = False
 
     def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
         self.protocol = protocol
-        self.transport: asyncio.Transport | None = None
-        self.error: ProtectionError | None = None
         self._terms = terms
         self._connection = connection
-        self._waiting: asyncio.Task[None] | None = None
-        self._raw: asyncio.Transport | None = None
-        self._early: Sequence[bytes] = ()
-        self.begun = self._ended = self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.begun = True
@@ -326,7 +315,7 @@ class _Handover(asyncio.Protocol):
             if self._terms.accepting is not None:
                 reset(raw)
             raise
-        if token.pending and self._may_wait(token):
+        if self._awaits(token) and self._has_room():
             self._raw = raw
             raw.pause_reading()
             self._waiting = self._terms.loop.create_task(self._wait(raw, copy_context()))
@@ -365,16 +354,16 @@ class _Handover(asyncio.Protocol):
 
     def _awaits(self, token: PToken) -> bool:
         """Whether what the token waits for may yet meet the requirement, or be latched."""
-        if not token.pending:
-            return False
         _, require, _, latch, _ = self._terms
+        if (require is None and latch is None) or not token.pending:
+            return False
         if require is not None and (met := require.decide(token)) is not True:
             return met is None
         return latch is not None and token.assurance is Assurance.UNKNOWN
 
-    def _may_wait(self, token: PToken) -> bool:
+    def _has_room(self) -> bool:
         _, _, deadline, _, accepting = self._terms
-        return deadline > 0 and self._awaits(token) and (accepting is None or accepting.holds_one())
+        return deadline > 0 and (accepting is None or accepting.holds_one())
 
     async def _wait(self, raw: asyncio.Transport, context: Context) -> None:
         loop, _, deadline, _, accepting = self._terms
@@ -406,10 +395,11 @@ class _Handover(asyncio.Protocol):
             error = connection.latch(raw, latch, None if accepting is None else accepting.latch)
         self.error = error
         if accepting is not None:
-            accepting.count(token, raw, error)
+            accepting.count(connection, token)
         self._done()
         if error is not None:
             if accepting is not None:
+                accepting.refuse(raw, error)
                 reset(raw)
             return
         context = connection.context = copy_context()
@@ -452,8 +442,6 @@ class _Connecting(_Handover):
     connection was lost. What is refused is reset by who made it, since uvloop does not own the
     socket that it was given before it has returned.
     """
-
-    __slots__ = ("gone", "settled")
 
     def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
         super().__init__(terms, connection, protocol)
@@ -512,19 +500,20 @@ class _Accepting:
         self.held += room
         return room
 
-    def count(
-        self, token: PToken, transport: asyncio.BaseTransport, error: ProtectionError | None
-    ) -> None:
-        """Count a connection, and its refusal."""
+    def count(self, connection: Connection, token: PToken) -> None:
+        """Count a connection."""
         counters = self.counters
         counters.received += 1
-        if token.protected:
-            counters.protected += 1
-        elif token.assurance is Assurance.UNKNOWN:
-            counters.unknown += 1
-        if error is not None:
-            peer = transport.get_extra_info("peername")
-            self._refusals.add(self, peer, error, self._terms.loop.time())
+        protected = connection.protected
+        if protected is None:
+            protected = token.protected
+            counters.unknown += token.assurance is Assurance.UNKNOWN
+        counters.protected += protected
+
+    def refuse(self, transport: asyncio.BaseTransport, error: ProtectionError) -> None:
+        """Count a refusal."""
+        peer = transport.get_extra_info("peername")
+        self._refusals.add(self, peer, error, self._terms.loop.time())
 
 
 async def _cover(

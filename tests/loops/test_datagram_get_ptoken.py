@@ -15,9 +15,7 @@ from datagram_tools import HERE, Plain, Tokened, Witnessing, close, memory
 
 import ipsec_aio
 from ipsec_aio import Assurance, create_datagram_endpoint, get_ptoken, set_default_backend
-from ipsec_aio.kernel.sockopts import socket_cookie
 from ipsec_aio.net import registry
-from ipsec_aio.net.context import TokenCell
 from ipsec_aio.tokens import PToken
 
 
@@ -77,13 +75,26 @@ async def test_udp_and_ipv6() -> None:
 
 async def test_a_connection_of_ours_has_its_own(tcp: Any) -> None:
     near, far, _ = tcp
-    cell: Any = TokenCell(get_ptoken(near, backend=memory()))
-    cookie = socket_cookie(far)
-    assert cookie is not None
-    registry.remember(cookie, cell)
-    assert get_ptoken(far) is cell.ptoken
-    assert get_ptoken(far.fileno()) is cell.ptoken
-    registry.forget(cookie, cell)
+
+    class Ours:
+        cookie = None
+        ptoken = get_ptoken(near, backend=memory())
+        transport: Any = None
+
+        def get_extra_info(self, name: str) -> Any:
+            return far
+
+    ours: Any = Ours()
+    registry.remember(ours)
+    assert ours in registry.living()
+    # It has no transport yet, so nobody can ask for it.
+    with pytest.raises(ipsec_aio.BackendUnavailable):
+        get_ptoken(far)
+    ours.transport = ours
+    assert get_ptoken(far) is ours.ptoken
+    assert get_ptoken(far.fileno()) is ours.ptoken
+    registry.forget(ours)
+    assert ours not in registry.living()
     with pytest.raises(ipsec_aio.BackendUnavailable):
         get_ptoken(far)
 

@@ -13,9 +13,8 @@ from ipsec_aio import Assurance, MemoryBackend, create_server
 from ipsec_aio.backends.memory import selector
 from ipsec_aio.backends.tables import TableBackend
 from ipsec_aio.evidence import IPPROTO_TCP, Evidence
-from ipsec_aio.flow import pack_address
 from ipsec_aio.net import connection
-from ipsec_aio.net.connection import Judge
+from ipsec_aio.net.connection import Facts, Judge
 from ipsec_aio.net.listening import Listener
 from ipsec_aio.tokens import PToken
 
@@ -36,17 +35,16 @@ class Stamped(MemoryBackend):
     def ignores_ports(self, evidence: Evidence) -> bool:
         return TableBackend.ignores_ports(self, evidence)
 
-    def seen(self, spi: int, peer: str = PEER, *, port: int = 40000, **fields: Any) -> Evidence:
-        fields.setdefault("generation", self.resolver.generation)
-        return Evidence(
-            IPPROTO_TCP,
-            pack_address(HERE),
-            80,
-            pack_address(peer),
-            port,
-            int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder),
-            **fields,
-        )
+    def seen(self, spi: int, peer: str = PEER, *, port: int = 40000, doubt: str = "") -> Facts:
+        mark = int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
+        return Facts((HERE, 80), (peer, port), mark, self.resolver.generation, doubt)
+
+
+def token_of(judge: Judge, facts: Facts) -> PToken:
+    """What a connection gets; it is known to be protected only where it is."""
+    token, protected = judge.resolve_accepted(facts)
+    assert protected in (None, token.protected)
+    return token
 
 
 @pytest.fixture
@@ -64,18 +62,18 @@ async def judge(backend: Stamped) -> Judge:
 async def test_connections_of_a_peer_share_an_answer(backend: Stamped, judge: Judge) -> None:
     one = backend.add_sa(src=PEER, dst=HERE, spi=1)
     backend.add_sa(src=OTHER, dst=HERE, spi=2)
-    tokens = [judge.resolve_accepted(backend.seen(1, port=port)) for port in (1, 2, 3)]
+    tokens = [token_of(judge, backend.seen(1, port=port)) for port in (1, 2, 3)]
     assert len(set(tokens)) == backend.asked == 1
     assert tokens[0].assurance is Assurance.EXACT
     # Another peer, another SA, or none: these are asked for.
-    assert judge.resolve_accepted(backend.seen(2, OTHER)).assurance is Assurance.EXACT
-    assert judge.resolve_accepted(backend.seen(1, OTHER)).assurance is Assurance.UNKNOWN
-    assert judge.resolve_accepted(backend.seen(0)).assurance is Assurance.NONE
+    assert token_of(judge, backend.seen(2, OTHER)).assurance is Assurance.EXACT
+    assert token_of(judge, backend.seen(1, OTHER)).assurance is Assurance.UNKNOWN
+    assert token_of(judge, backend.seen(0)).assurance is Assurance.NONE
     assert backend.asked == 4
     backend.delete_sa(one)
     rekeyed = backend.add_sa(src=PEER, dst=HERE, spi=1, aead=None, authentication="hmac(sha256)")
     assert rekeyed.spi == one.spi
-    [weaker] = {judge.resolve_accepted(backend.seen(1, port=port)) for port in (1, 2)}
+    [weaker] = {token_of(judge, backend.seen(1, port=port)) for port in (1, 2)}
     assert weaker is not tokens[0]
     assert weaker.privacy_protected is False
 
@@ -85,14 +83,14 @@ async def test_a_stamp_of_another_generation_is_another_thing(
 ) -> None:
     backend.add_sa(src=PEER, dst=HERE, spi=1)
     before = backend.seen(1)
-    assert judge.resolve_accepted(before).protected
+    assert token_of(judge, before).protected
     backend.lose_stamp()
-    assert judge.resolve_accepted(before).assurance is Assurance.UNKNOWN
-    assert judge.resolve_accepted(backend.seen(1)).assurance < Assurance.EXACT
+    assert token_of(judge, before).assurance is Assurance.UNKNOWN
+    assert token_of(judge, backend.seen(1)).assurance < Assurance.EXACT
     backend.restore_stamp()
-    assert judge.resolve_accepted(before).assurance is Assurance.UNKNOWN
-    assert judge.resolve_accepted(backend.seen(1)).protected
-    assert not judge.resolve_accepted(backend.seen(1, doubt="of a test")).protected
+    assert token_of(judge, before).assurance is Assurance.UNKNOWN
+    assert token_of(judge, backend.seen(1)).protected
+    assert not token_of(judge, backend.seen(1, doubt="of a test")).protected
 
 
 async def test_where_an_sa_asks_for_ports_every_connection_is_judged(
@@ -110,28 +108,28 @@ async def test_where_an_sa_asks_for_ports_every_connection_is_judged(
             authentication=None if port == 1 else "hmac(sha256)",
             selector=selector(PEER, HERE, "tcp", src_port=port),
         )
-    first, second, neither = (judge.resolve_accepted(backend.seen(1, port=p)) for p in (1, 2, 3))
+    first, second, neither = (token_of(judge, backend.seen(1, port=p)) for p in (1, 2, 3))
     assert (first.privacy_protected, second.privacy_protected) == (True, False)
     assert neither.assurance is Assurance.UNKNOWN
 
 
 async def test_what_is_not_known_yet_is_asked_again(backend: Stamped, judge: Judge) -> None:
     backend.hold_events()
-    assert judge.resolve_accepted(backend.seen(1)).pending
-    assert judge.resolve_accepted(backend.seen(1, port=1)).pending
+    assert token_of(judge, backend.seen(1)).pending
+    assert token_of(judge, backend.seen(1, port=1)).pending
     assert backend.asked == 2
     backend.add_sa(src=PEER, dst=HERE, spi=1)
     backend.release_events()
-    assert judge.resolve_accepted(backend.seen(1)).assurance is Assurance.EXACT
+    assert token_of(judge, backend.seen(1)).assurance is Assurance.EXACT
 
 
 async def test_an_identity_that_is_awaited_is_not_missed(backend: Stamped, judge: Judge) -> None:
     sa = backend.add_sa(src=PEER, dst=HERE, spi=1, identity_pending=True)
-    early = judge.resolve_accepted(backend.seen(1))
+    early = token_of(judge, backend.seen(1))
     assert early.pending
     backend.identify(sa, peer="fqdn:peer.example")
-    assert str(judge.resolve_accepted(backend.seen(1)).peer) == "peer.example"
-    assert early.channel is judge.resolve_accepted(backend.seen(1, port=1))
+    assert str(token_of(judge, backend.seen(1)).peer) == "peer.example"
+    assert early.channel is token_of(judge, backend.seen(1, port=1))
 
 
 async def test_what_is_kept_is_bounded(
@@ -143,7 +141,7 @@ async def test_what_is_kept_is_bounded(
         backend.add_sa(src=peer, dst=HERE, spi=number)
     for _ in range(2):
         for number, peer in enumerate(peers, 1):
-            assert judge.resolve_accepted(backend.seen(number, peer)).protected
+            assert token_of(judge, backend.seen(number, peer)).protected
             assert len(judge._known) <= 3
 
 

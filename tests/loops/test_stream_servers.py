@@ -487,7 +487,7 @@ async def test_a_socket_that_cannot_be_examined_is_in_doubt() -> None:
     ("face", "reason"),
     [
         ("gone on uvloop", "cannot be examined"),
-        ("closed", "has no number"),
+        ("closed", "no listener of ours"),
         ("unix", "not an IP socket"),
         ("none", "not an IP socket"),
     ],
