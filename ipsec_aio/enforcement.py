@@ -123,7 +123,7 @@ def governing(
         ):
             certainty = _certainty(selector, *ends)
             if certainty is not None:
-                certain = certainty and not (selector.ifindex or policy.mark.mask)
+                certain = certainty and not (selector.ifindex or any(policy.mark))
                 matching.append((policy, certain))
     found: dict[Bundle, None] = {}
     for kind in (1, 0):  # sub policies are asked first, and main ones besides

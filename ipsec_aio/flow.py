@@ -58,14 +58,17 @@ def format_address(packed: bytes) -> str:
 
 
 class Mark(NamedTuple):
-    """A firewall mark and the bits of it that count (``struct xfrm_mark``)."""
+    """A firewall mark and the bits of it that count (``struct xfrm_mark``).
+
+    A value with bits outside its mask fits nothing.
+    """
 
     value: int = 0
     mask: int = 0
 
     def matches(self, mark: int) -> bool:
         """Say whether a packet's mark fits, as the kernel compares it."""
-        return mark & self.mask == self.value & self.mask
+        return mark & self.mask == self.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ def _matches(policy: Policy, flow: Flow) -> bool:
     """The rest of the match: addresses are in the key already."""
     selector = policy.selector
     return (
-        flow.mark & policy.mark.mask == policy.mark.value
+        policy.mark.matches(flow.mark)
         and (not selector.proto or selector.proto == flow.proto)
         and not (flow.source_port ^ selector.source_port) & selector.source_port_mask
         and not (flow.destination_port ^ selector.destination_port) & selector.destination_port_mask

@@ -217,7 +217,7 @@ def scan(known: dict[PolicyKey, Policy], flow: Flow, direction: Direction) -> Po
             if p.kind == kind
             and p.direction is direction
             and p.if_id == flow.if_id
-            and flow.mark & p.mark.mask == p.mark.value
+            and p.mark.matches(flow.mark)
             and p.selector.matches(flow)
         ]
         if found:
