@@ -10,6 +10,8 @@ Rules:
 * Without a stamp the SPD is asked, and that is inference. It says nothing of what this host sends
   to itself, nor where interfaces, marks or NAT may have led the packet past it.
 * "No SA" is no proof of clear traffic where one may have carried it.
+* Hardware that decrypts whole packets hands them to the kernel's merging (GRO), which compares no
+  security path: where an SA that may have carried it is offloaded so, nothing is known.
 * What a policy of the SPD or of the socket lets in may have come under any SA that it is content
   with, from whatever address: ESP in transport mode does not vouch for the source, only an SA's
   selector does. So all of those have a say in who the peer is, and all of their properties count
@@ -61,6 +63,8 @@ class Finding(NamedTuple):
 
 MISSING: Final = Finding(unknown("no SA with this SPI is known yet"))
 """What is found for a stamp whose SA may yet come to be known."""
+
+_MERGED: Final = Finding(unknown("hardware offload can merge packets of several SAs"))
 
 
 class TruthTable:
@@ -190,6 +194,8 @@ class TruthTable:
         return sa.mode in TUNNELS and self.is_own(sa.source) and not self.is_own(sa.destination)
 
     def _exact(self, records: list[Record], evidence: Evidence) -> Finding:
+        if any(map(_is_merged, records)):
+            return _MERGED
         protection = weakest(_derived(record) for record in records)
         if not protection.compression and any(
             self.mirror.sad.compresses(r.sa.source, r.sa.destination) for r in records
@@ -205,6 +211,8 @@ class TruthTable:
         if self.opaque_interfaces:
             return Finding(unknown("no socket policy checks what comes through an xfrm interface"))
         records = self._admitted_under(template, evidence)
+        if any(map(_is_merged, records)):
+            return _MERGED
         protection = UNKNOWN._replace(tunnel=template.mode in TUNNELS)
         if records:
             # The channel's own are those with its addresses.
@@ -373,6 +381,11 @@ def _wrote(sa: SA, evidence: Evidence) -> bool:
         or evidence.mark is None
         or evidence.mark == written.value
     )
+
+
+def _is_merged(record: Record) -> bool:
+    offload = record.sa.offload
+    return offload is not None and offload.packet
 
 
 def _meets(sa: SA, template: Template) -> bool:

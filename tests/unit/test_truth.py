@@ -34,11 +34,11 @@ from ipsec_aio.events import (
     SADeleted,
     SAMigrated,
 )
-from ipsec_aio.evidence import IPPROTO_TCP
+from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
 from ipsec_aio.flow import Mark, Selector, pack_address
 from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
 from ipsec_aio.policy import Template
-from ipsec_aio.sa import SA
+from ipsec_aio.sa import SA, Offload
 from ipsec_aio.truth import MISSING, TruthTable
 
 EXACT, POLICY, NONE, UNKNOWN = (
@@ -251,6 +251,23 @@ def test_a_tunnel_that_leads_away_is_no_candidate_where_own_addresses_are_known(
     bench = Bench(away)
     bench.table.is_own = {GATE, LOCAL}.__contains__
     assert bench(seen(0x1001)) is UNKNOWN
+
+
+@pytest.mark.parametrize("enforced", [None, Template()])
+def test_whole_packets_from_hardware_may_be_merged(enforced):
+    """Its SA is one of those that count: then others' packets may be in the same datagram."""
+    offloaded = esp(0x1001, offload=Offload(3, inbound=True, packet=True))
+    crypto = replace(offloaded, offload=Offload(3, inbound=True, packet=False))
+    evidence = seen(0x1001, generation=0 if enforced else 1, enforced=enforced)
+    for protocol in (IPPROTO_UDP, IPPROTO_TCP):
+        evidence = replace(evidence, protocol=protocol)
+        assert Bench(crypto).judge(evidence).protection.privacy is True
+        verdict = Bench(ah(), offloaded).judge(evidence)
+        assert "offload" in verdict.reason
+        assert (verdict.assurance, verdict.protection.integrity) == (UNKNOWN, None)
+        bench = Bench(offloaded)
+        bench.remove(offloaded)
+        assert "offload" in bench.judge(evidence).reason, "it may have been queued"
 
 
 def test_compression_beside_is_no_longer_excluded():
