@@ -274,8 +274,8 @@ class TruthTable:
             evidence.mark is None or evidence.protocol != IPPROTO_UDP
         ):
             return unknown("policies or SAs look at marks, and its mark was not read")
-        if mirror.spd.interface_inbound and not evidence.ifindex:
-            return unknown("policies look at interfaces, and its interface was not read")
+        if mirror.names_interface_inbound():
+            return unknown("policies or SAs name interfaces, and which is compared is not known")
         ties = mirror.spd.ties(_marked_flow(evidence), Direction.IN)
         if any(policy.action is PolicyAction.BLOCK for group in ties for policy in group):
             return unknown("a policy blocks this traffic")
@@ -414,7 +414,6 @@ def _marked_flow(evidence: Evidence) -> Flow:
         evidence.protocol,
         evidence.peer_port,
         evidence.local_port,
-        evidence.ifindex,
         evidence.mark or 0,
     )
 

@@ -386,4 +386,5 @@ def test_compressed_packets_and_marks_are_no_matter() -> None:
     assert "marks" in objection(mirror(marked), seen(mark=None), (ESP,))
     by_interface = protect(AH, selector=Selector(family=2, ifindex=3))
     assert "interfaces" in objection(mirror(by_interface), seen(), (ESP,))
-    assert objection(mirror(by_interface), seen(ifindex=4), (ESP,)) == ""
+    bound = esp(0x1001, selector=Selector(ifindex=4))
+    assert "interfaces" in objection(mirror(protect(ESP), sas=[bound]), seen(), (ESP,))
