@@ -123,7 +123,7 @@ def governing(
         ):
             certainty = _certainty(selector, *ends)
             if certainty is not None:
-                certain = certainty and not (selector.ifindex or policy.mark.mask)
+                certain = certainty and not (selector.ifindex or any(policy.mark))
                 matching.append((policy, certain))
     found: dict[Bundle, None] = {}
     for kind in (1, 0):  # sub policies are asked first, and main ones besides
@@ -148,11 +148,11 @@ def objection(mirror: Mirror, evidence: Evidence, inbound: Bundle) -> str:
     meet it.
     """
     e, spd = evidence, mirror.spd
-    if spd.interface_inbound and not e.ifindex:
-        return "policies look at interfaces, and its interface was not read"
+    if mirror.names_interface_inbound():
+        return "policies or SAs name interfaces, and which is compared is not known"
     if spd.marked_inbound and e.mark is None:
         return "policies look at marks, and its mark was not read"
-    flow = Flow(e.peer, e.local, e.protocol, e.peer_port, e.local_port, e.ifindex, e.mark or 0)
+    flow = Flow(e.peer, e.local, e.protocol, e.peer_port, e.local_port, e.mark or 0)
     policies = [p for group in spd.ties(flow, Direction.IN) for p in group]
     if any(p.action is PolicyAction.BLOCK for p in policies):
         return "a policy blocks this traffic"

@@ -34,7 +34,7 @@ class Evidence:
     """Evidence of one datagram, or of one connection.
 
     ``protocol`` is IPPROTO_UDP or IPPROTO_TCP; addresses are packed and unmapped. ``mark`` is the
-    packet's mark as the host's number. ``ifindex`` is 0 where it was not asked for.
+    packet's mark as the host's number.
     ``doubt`` is empty, or the reason why nothing may be concluded from this evidence.
     ``enforced`` is the template of the socket's own policy, None where it has none.
     """
@@ -46,7 +46,6 @@ class Evidence:
     peer_port: int
     mark: int | None = None
     generation: int = 0
-    ifindex: int = 0
     doubt: str = ""
     enforced: Template | None = None
 
@@ -58,6 +57,4 @@ class Evidence:
     @property
     def flow(self) -> Flow:
         """The inbound flow: from the peer to the local end."""
-        return Flow(
-            self.peer, self.local, self.protocol, self.peer_port, self.local_port, self.ifindex
-        )
+        return Flow(self.peer, self.local, self.protocol, self.peer_port, self.local_port)

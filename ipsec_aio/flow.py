@@ -6,6 +6,10 @@ Rules:
   address is always unmapped first: the kernel looks up such traffic in its IPv4 tables.
 * A flow is seen from the packet: *source* sent it, *destination* receives it. For inbound traffic
   the destination is local.
+* A flow has no interface. The kernel compares a selector's with the device of the packet's route,
+  which for what is delivered here is lo, or a VRF, and never the one that it came in by; of what is
+  sent, nobody knows it beforehand. Who asks whether a selector matches has to ask besides whether
+  any names an interface.
 """
 
 from __future__ import annotations
@@ -58,26 +62,28 @@ def format_address(packed: bytes) -> str:
 
 
 class Mark(NamedTuple):
-    """A firewall mark and the bits of it that count (``struct xfrm_mark``)."""
+    """A firewall mark and the bits of it that count (``struct xfrm_mark``).
+
+    A value with bits outside its mask fits nothing.
+    """
 
     value: int = 0
     mask: int = 0
 
     def matches(self, mark: int) -> bool:
         """Say whether a packet's mark fits, as the kernel compares it."""
-        return mark & self.mask == self.value & self.mask
+        return mark & self.mask == self.value
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What the kernel looks a policy up by. ``proto`` is an IP protocol number."""
+    """What a policy is looked up by. ``proto`` is an IP protocol number."""
 
     source: bytes
     destination: bytes
     proto: int = 0
     source_port: int = 0
     destination_port: int = 0
-    ifindex: int = 0
     mark: int = 0
     if_id: int = 0
 
@@ -108,13 +114,15 @@ class Selector(NamedTuple):
         return bool(self.source_port_mask or self.destination_port_mask)
 
     def matches(self, flow: Flow) -> bool:
-        """Say whether a flow is this selector's, as ``xfrm_selector_match()`` does."""
+        """Say whether a flow is this selector's, as ``xfrm_selector_match()`` does.
+
+        The interface is left out: where the selector names one, the flow may be its.
+        """
         return (
             (not self.family or (self.family == 2) == (len(flow.destination) == 4))
             and (not self.proto or self.proto == flow.proto)
             and not (flow.source_port ^ self.source_port) & self.source_port_mask
             and not (flow.destination_port ^ self.destination_port) & self.destination_port_mask
-            and (not self.ifindex or self.ifindex == flow.ifindex)
             and _in_prefix(flow.source, self.source, self.source_prefix)
             and _in_prefix(flow.destination, self.destination, self.destination_prefix)
         )

@@ -273,8 +273,9 @@ class Outlook:
     ``policies_out`` are those policies of which any may be the kernel's first choice for it;
     ``blocked_in`` and ``blocked_out``: there is none, and the default action is to block.
     ``sure`` is False while the tables are being read again, ``opaque`` True where interfaces
-    (xfrm, vti) may lead packets past these policies, and past a socket's own. ``settled_in`` is how
-    many seconds it takes at most until no identity is awaited any more.
+    (xfrm, vti) may lead packets past these policies, and past a socket's own, and where policies or
+    SAs name interfaces, so that nobody knows which apply. ``settled_in`` is how many seconds it
+    takes at most until no identity is awaited any more.
     """
 
     inbound: tuple[Sighting, ...] = ()

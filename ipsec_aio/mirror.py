@@ -152,6 +152,10 @@ class Mirror:
         """Whether an inbound policy, or an SA that may be inbound, looks at packets' marks."""
         return self._tables.sad.marked or self._tables.spd.marked_inbound
 
+    def names_interface_inbound(self) -> bool:
+        """Whether an inbound policy, or an SA that may be inbound, names an interface."""
+        return self._tables.sad.names_interface or self._tables.spd.names_interface(Direction.IN)
+
     @property
     def set_marks(self) -> frozenset[Mark]:
         """The marks that SAs write into packets."""

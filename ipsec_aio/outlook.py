@@ -39,8 +39,8 @@ def survey(resolver: Resolver, evidence: Evidence) -> Outlook:
         return Outlook(sure=False, opaque=resolver.opaque_interfaces)
     e = evidence
     mark = e.mark or 0
-    there = Flow(e.peer, e.local, e.protocol, e.peer_port, e.local_port, e.ifindex, mark)
-    back = Flow(e.local, e.peer, e.protocol, e.local_port, e.peer_port, e.ifindex, mark)
+    there = Flow(e.peer, e.local, e.protocol, e.peer_port, e.local_port, mark)
+    back = Flow(e.local, e.peer, e.protocol, e.local_port, e.peer_port, mark)
     policies_in = _flat(mirror.spd.ties(there, Direction.IN))
     policies_out = _flat(mirror.spd.ties(back, Direction.OUT))
     block = PolicyAction.BLOCK
@@ -52,7 +52,9 @@ def survey(resolver: Resolver, evidence: Evidence) -> Outlook:
         policies_out=policies_out,
         blocked_in=not policies_in and mirror.defaults.inbound is block,
         blocked_out=not policies_out and mirror.defaults.outbound is block,
-        opaque=resolver.opaque_interfaces,
+        opaque=resolver.opaque_interfaces
+        or mirror.names_interface_inbound()
+        or mirror.spd.names_interface(Direction.OUT),
         settled_in=max(awaited) - now,
     )
 

@@ -243,7 +243,7 @@ def _tally(counts: dict[_K, int], what: _K, step: int) -> None:
 class SAD(Index):
     """The living SAs."""
 
-    __slots__ = ("_compressing", "_crowded", "_marked", "_set_marks", "_size")
+    __slots__ = ("_compressing", "_bound", "_crowded", "_marked", "_set_marks", "_size")
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,6 +251,7 @@ class SAD(Index):
         # An SPI is mostly one SA's alone: by their keys there are only those where it is not.
         self._crowded: dict[SAKey, Record] = {}
         self._marked = 0
+        self._bound = 0
         self._set_marks: dict[Mark, int] = {}
         self._compressing: dict[tuple[bytes, bytes], int] = {}
 
@@ -308,6 +309,11 @@ class SAD(Index):
         return self._marked > 0
 
     @property
+    def names_interface(self) -> bool:
+        """Whether an SA that may be inbound names an interface in its selector."""
+        return self._bound > 0
+
+    @property
     def set_marks(self) -> frozenset[Mark]:
         """The marks that SAs write into packets."""
         return frozenset(self._set_marks)
@@ -317,8 +323,9 @@ class SAD(Index):
         return (source, destination) in self._compressing
 
     def _count(self, sa: SA, step: int) -> None:
-        if sa.mark != (0, 0) and sa.direction is not Direction.OUT:
-            self._marked += step
+        if sa.direction is not Direction.OUT:
+            self._marked += step * (sa.mark != (0, 0))
+            self._bound += step * (sa.selector.ifindex != 0)
         if sa.set_mark is not None:
             _tally(self._set_marks, sa.set_mark, step)
         if sa.proto == IPPROTO_COMP:

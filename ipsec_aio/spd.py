@@ -7,6 +7,8 @@ Rules (net/xfrm/xfrm_policy.c):
   what it replaces while the priority stays the same.
 * A mark matches when ``mark & mask == value``; the interface id must be equal.
 * Policies of sockets are not in the SPD.
+* Which interface a flow has is not known (:mod:`.flow`): one that a selector names is taken to fit,
+  and nothing that is found is certain while :meth:`SPD.names_interface`.
 
 How old equals are is not certain: a dump does not tell, and kernels differ between policies for
 host pairs and others. :meth:`SPD.ties` therefore gives all that might be the first.
@@ -115,11 +117,10 @@ def _matches(policy: Policy, flow: Flow) -> bool:
     """The rest of the match: addresses are in the key already."""
     selector = policy.selector
     return (
-        flow.mark & policy.mark.mask == policy.mark.value
+        policy.mark.matches(flow.mark)
         and (not selector.proto or selector.proto == flow.proto)
         and not (flow.source_port ^ selector.source_port) & selector.source_port_mask
         and not (flow.destination_port ^ selector.destination_port) & selector.destination_port_mask
-        and (not selector.ifindex or selector.ifindex == flow.ifindex)
     )
 
 
@@ -135,7 +136,7 @@ class SPD:
         self._tables: dict[tuple[Direction, int], _Table] = {}
         self._rank = count(1)
         self._marked = 0
-        self._by_interface = 0
+        self._bound = dict.fromkeys(Direction, 0)
         self._conditional = 0
 
     def __len__(self) -> int:
@@ -149,10 +150,9 @@ class SPD:
         """Whether an inbound policy looks at marks."""
         return self._marked > 0
 
-    @property
-    def interface_inbound(self) -> bool:
-        """Whether an inbound policy names an interface in its selector."""
-        return self._by_interface > 0
+    def names_interface(self, direction: Direction) -> bool:
+        """Whether a policy of this direction names an interface in its selector."""
+        return self._bound[direction] > 0
 
     @property
     def conditional_outbound(self) -> bool:
@@ -271,9 +271,9 @@ class SPD:
         marked, bound = policy.mark != (0, 0), policy.selector.ifindex != 0
         if not (marked or bound):
             return
+        self._bound[policy.direction] += step * bound
         if policy.direction is Direction.IN:
             self._marked += step * marked
-            self._by_interface += step * bound
         elif policy.direction is Direction.OUT:
             self._conditional += step
 

@@ -10,6 +10,8 @@ Rules:
 * Without a stamp the SPD is asked, and that is inference. It says nothing of what this host sends
   to itself, nor where interfaces, marks or NAT may have led the packet past it.
 * "No SA" is no proof of clear traffic where one may have carried it.
+* Hardware that decrypts whole packets hands them to the kernel's merging (GRO), which compares no
+  security path: where an SA that may have carried it is offloaded so, nothing is known.
 * What a policy of the SPD or of the socket lets in may have come under any SA that it is content
   with, from whatever address: ESP in transport mode does not vouch for the source, only an SA's
   selector does. So all of those have a say in who the peer is, and all of their properties count
@@ -61,6 +63,8 @@ class Finding(NamedTuple):
 
 MISSING: Final = Finding(unknown("no SA with this SPI is known yet"))
 """What is found for a stamp whose SA may yet come to be known."""
+
+_MERGED: Final = Finding(unknown("hardware offload can merge packets of several SAs"))
 
 
 class TruthTable:
@@ -190,6 +194,8 @@ class TruthTable:
         return sa.mode in TUNNELS and self.is_own(sa.source) and not self.is_own(sa.destination)
 
     def _exact(self, records: list[Record], evidence: Evidence) -> Finding:
+        if any(map(_is_merged, records)):
+            return _MERGED
         protection = weakest(_derived(record) for record in records)
         if not protection.compression and any(
             self.mirror.sad.compresses(r.sa.source, r.sa.destination) for r in records
@@ -205,6 +211,8 @@ class TruthTable:
         if self.opaque_interfaces:
             return Finding(unknown("no socket policy checks what comes through an xfrm interface"))
         records = self._admitted_under(template, evidence)
+        if any(map(_is_merged, records)):
+            return _MERGED
         protection = UNKNOWN._replace(tunnel=template.mode in TUNNELS)
         if records:
             # The channel's own are those with its addresses.
@@ -266,8 +274,8 @@ class TruthTable:
             evidence.mark is None or evidence.protocol != IPPROTO_UDP
         ):
             return unknown("policies or SAs look at marks, and its mark was not read")
-        if mirror.spd.interface_inbound and not evidence.ifindex:
-            return unknown("policies look at interfaces, and its interface was not read")
+        if mirror.names_interface_inbound():
+            return unknown("policies or SAs name interfaces, and which is compared is not known")
         ties = mirror.spd.ties(_marked_flow(evidence), Direction.IN)
         if any(policy.action is PolicyAction.BLOCK for group in ties for policy in group):
             return unknown("a policy blocks this traffic")
@@ -375,6 +383,11 @@ def _wrote(sa: SA, evidence: Evidence) -> bool:
     )
 
 
+def _is_merged(record: Record) -> bool:
+    offload = record.sa.offload
+    return offload is not None and offload.packet
+
+
 def _meets(sa: SA, template: Template) -> bool:
     """Whether an SA satisfies a template, as ``xfrm_state_ok()`` compares them."""
     return (
@@ -401,7 +414,6 @@ def _marked_flow(evidence: Evidence) -> Flow:
         evidence.protocol,
         evidence.peer_port,
         evidence.local_port,
-        evidence.ifindex,
         evidence.mark or 0,
     )
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -143,8 +142,6 @@ class MemoryBackend(TableBackend):
 
     def __init__(self, *, trust_policy: bool = False) -> None:
         super().__init__(trust_policy=trust_policy)
-        self._lock = threading.RLock()
-        self.resolver.lock = self._lock
         self._sas: dict[SAKey, SA] = {}
         # By the SA itself, for its key may be used again; None: to come.
         self._ends: dict[int, Identities | None] = {}
@@ -448,13 +445,11 @@ class MemoryBackend(TableBackend):
 
     def lose_stamp(self) -> None:
         """Play a stamp that vanished."""
-        with self._lock:
-            self.set_generation(0)
+        self.set_generation(0)
 
     def restore_stamp(self) -> None:
         """Install the stamp again, as a new generation."""
-        with self._lock:
-            self.set_generation(next(self._generations))
+        self.set_generation(next(self._generations))
 
     # The contract
 
@@ -544,11 +539,6 @@ class MemoryBackend(TableBackend):
         until = record.added + PENDING_SECONDS
         return Awaited(until) if now <= until else UNIDENTIFIED
 
-    async def aclose(self) -> None:
-        """Stop; tokens stay readable. Idempotent."""
-        with self._lock:
-            await super().aclose()
-
     # Inside
 
     def _put(self, sa: SA, ends: Identities | None) -> SA:
@@ -596,10 +586,6 @@ class MemoryBackend(TableBackend):
         self.mirror.load(self._defaults, now)
         self.mirror.finish_resync(now)
         self.changed()
-
-    def _tick(self) -> None:
-        with self._lock:
-            super()._tick()
 
     def _free_spi(self) -> int:
         with self._lock:

@@ -60,6 +60,10 @@ class TableBackend(Backend):
     itself (a resync) and then calls :meth:`changed`. It overrides :meth:`lookup_missing`, and may
     override :meth:`drain` and :meth:`identities_of`. After :meth:`bind_loop` it belongs to the
     running loop.
+
+    Tokens may be read in any thread, and ask mirror and resolver then: whoever changes either holds
+    ``_lock``, as the methods here do. It may be taken again by its holder, and nobody is called
+    back under it.
     """
 
     name = "tables"
@@ -70,7 +74,9 @@ class TableBackend(Backend):
         self.trust_policy = trust_policy
         self.clock = clock
         self.mirror = Mirror()
+        self._lock = threading.RLock()
         self.resolver = Resolver(self.mirror, clock, trust_policy=trust_policy)
+        self.resolver.lock = self._lock
         self.resolver.lookup_missing = self.lookup_missing
         self.resolver.identify = self._identify
         self._static: StaticIdentities | None = None
@@ -110,33 +116,37 @@ class TableBackend(Backend):
 
     def take(self, events: Iterable[Event]) -> None:
         """Take in live events."""
-        now = self.clock()
-        for event in events:
-            self.mirror.apply(event, now)
-        self.changed()
+        with self._lock:
+            now = self.clock()
+            for event in events:
+                self.mirror.apply(event, now)
+            self.changed()
 
     def changed(self) -> None:
         """Let everybody know who must, after the mirror or the resolver was changed."""
-        if self.mirror.epoch != self._seen:
-            self.resolver.settle_all()
-            self._seen = self.mirror.epoch
-            for subscriber in list(self._subscribers):
-                self._call(subscriber)
-        self._arm()
+        with self._lock:
+            if self.mirror.epoch != self._seen:
+                self.resolver.settle_all()
+                self._seen = self.mirror.epoch
+                for subscriber in list(self._subscribers):
+                    self._call(subscriber)
+            self._arm()
 
     def set_generation(self, generation: int) -> None:
         """Tell the stamp's generation, 0 for none that is verified."""
-        if generation != self.resolver.generation:
-            self.resolver.generation = generation
-            self.mirror.bump()
-            self.changed()
+        with self._lock:
+            if generation != self.resolver.generation:
+                self.resolver.generation = generation
+                self.mirror.bump()
+                self.changed()
 
     def set_opaque_interfaces(self, opaque: bool) -> None:
         """Tell whether interfaces exist that scrub the security path."""
-        if opaque != self.resolver.opaque_interfaces:
-            self.resolver.opaque_interfaces = opaque
-            self.mirror.bump()
-            self.changed()
+        with self._lock:
+            if opaque != self.resolver.opaque_interfaces:
+                self.resolver.opaque_interfaces = opaque
+                self.mirror.bump()
+                self.changed()
 
     def identities_of(self, record: Record, now: float) -> Answer:
         """Return who is at the ends of an SA, or until when that may come to be known.
@@ -154,14 +164,16 @@ class TableBackend(Backend):
 
     def use_identities(self, static: StaticIdentities) -> None:
         """Take these identities for SAs that were keyed by hand."""
-        self._static = static
-        self.resolver.identified = True
-        self.identities_changed()
+        with self._lock:
+            self._static = static
+            self.resolver.identified = True
+            self.identities_changed()
 
     def identities_changed(self) -> None:
         """Let everybody know that :meth:`identities_of` may answer otherwise."""
-        self.mirror.bump()
-        self.changed()
+        with self._lock:
+            self.mirror.bump()
+            self.changed()
 
     @abstractmethod
     def lookup_missing(self, key: SAKey) -> bool:
@@ -188,7 +200,7 @@ class TableBackend(Backend):
         """Let time pass in the mirror."""
         mirror = self.mirror
         if mirror.ages or mirror.epoch != self._seen:
-            with self.resolver.lock:
+            with self._lock:
                 mirror.advance(self.clock())
                 if mirror.epoch != self._seen:
                     self.changed()
@@ -196,16 +208,17 @@ class TableBackend(Backend):
     def resolve(self, evidence: Evidence) -> PToken:
         """Return the token for this evidence."""
         self.check()
-        token = self.resolver.resolve(evidence)
-        if self.mirror.epoch != self._seen:
-            self.changed()
-        elif self.resolver.is_pending(token):
-            self._arm()
+        with self._lock:
+            token = self.resolver.resolve(evidence)
+            if self.mirror.epoch != self._seen:
+                self.changed()
+            elif self.resolver.is_pending(token):
+                self._arm()
         return token
 
     def ignores_ports(self, evidence: Evidence) -> bool:
         """Whether this evidence is judged alike with other ports."""
-        with self.resolver.lock:
+        with self._lock:
             return self.resolver.ignores_ports(evidence)
 
     @property
@@ -225,7 +238,7 @@ class TableBackend(Backend):
     ) -> tuple[Bundle, ...]:
         """Return the templates of the policies that protect and may govern this traffic."""
         spd = self.mirror.spd
-        with self.resolver.lock:
+        with self._lock:
             state = self.policies
             if state != self._templates_of or len(self._templates) >= _TEMPLATES_KEPT:
                 self._templates_of = state
@@ -240,18 +253,18 @@ class TableBackend(Backend):
 
     def objection(self, evidence: Evidence, inbound: Bundle) -> str:
         """Say why the policies would not have let in what a socket's own policy did."""
-        with self.resolver.lock:
+        with self._lock:
             return enforcement.objection(self.mirror, evidence, inbound)
 
     def outlook(self, evidence: Evidence) -> Outlook:
         """Return what may protect a connection from now on, by its addresses and ports."""
         self.check()
-        with self.resolver.lock:
+        with self._lock:
             return survey(self.resolver, evidence)
 
     def sends_like(self, ptoken: PToken, flow: Flow) -> ProtectionError | None:
         """Return None where an outbound flow would be protected as a token says."""
-        with self.resolver.lock:
+        with self._lock:
             reason = outbound.objection(self.resolver, ptoken, flow, self.applied(flow))
             return ProtectionError("ptoken", reason) if reason else None
 
@@ -277,14 +290,15 @@ class TableBackend(Backend):
         """Stop; tokens stay readable. Idempotent."""
         if self.closed:
             return
-        self.closed = True
-        if self._timer is not None:
-            self._timer[2].cancel()
-            self._timer = None
-        self.resolver.close()
-        self.mirror.bump()
-        self.changed()
-        self._subscribers.clear()
+        with self._lock:
+            self.closed = True
+            if self._timer is not None:
+                self._timer[2].cancel()
+                self._timer = None
+            self.resolver.close()
+            self.mirror.bump()
+            self.changed()
+            self._subscribers.clear()
 
     # Waiting
 
@@ -302,7 +316,7 @@ class TableBackend(Backend):
 
     async def _wait(self, token: PToken, timeout: float | None) -> None:  # noqa: ASYNC109
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        with self.resolver.lock:
+        with self._lock:
             waiters = self._waiters.setdefault(token, [])
             waiters.append(future)
         self._arm()
@@ -312,14 +326,14 @@ class TableBackend(Backend):
                 async with asyncio.timeout(timeout):
                     await future
         finally:
-            with self.resolver.lock:
+            with self._lock:
                 waiters.remove(future)
                 if not waiters:
                     del self._waiters[token]
 
     def _settled(self, token: PToken) -> None:
         # Also where its time was up: who kept that it waits must ask again.
-        with self.resolver.lock:
+        with self._lock:
             self.mirror.bump()
         for future in list(self._waiters.get(token, ())):
             _call_on(future.get_loop(), _finish, future)
@@ -328,30 +342,30 @@ class TableBackend(Backend):
         """See to it that time passes also when nobody drains."""
         if self.closed or not (self._subscribers or self._waiters):
             return
-        deadlines = [
-            d for d in (self.mirror.next_deadline(), self.resolver.next_deadline()) if d is not None
-        ]
-        if not deadlines:
-            return
-        deadline = min(deadlines)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return
-        if self._timer is not None:
-            timer_loop, when, handle = self._timer
-            if timer_loop is loop and when <= deadline:
+        with self._lock:
+            ends = (self.mirror.next_deadline(), self.resolver.next_deadline())
+            deadline = min((end for end in ends if end is not None), default=None)
+            if deadline is None:
                 return
-            if timer_loop is loop:
-                handle.cancel()
-        handle = loop.call_later(max(0.0, deadline - self.clock()) + 0.001, self._tick)
-        self._timer = loop, deadline, handle
+            if self._timer is not None:
+                timer_loop, when, handle = self._timer
+                if timer_loop is loop and when <= deadline:
+                    return
+                if timer_loop is loop:
+                    handle.cancel()
+            handle = loop.call_later(max(0.0, deadline - self.clock()) + 0.001, self._tick)
+            self._timer = loop, deadline, handle
 
     def _tick(self) -> None:
-        self._timer = None
-        self.mirror.advance(self.clock())
-        self.resolver.settle_all()
-        self.changed()
+        with self._lock:
+            self._timer = None
+            self.mirror.advance(self.clock())
+            self.resolver.settle_all()
+            self.changed()
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:

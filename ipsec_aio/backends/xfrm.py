@@ -73,9 +73,6 @@ class XfrmBackend(TableBackend):
     ) -> None:
         super().__init__(trust_policy=trust_policy)
         self.resolver.is_own = self._is_own
-        # Tokens may be read in any thread; the mirror changes in the loop's alone.
-        self._lock = threading.RLock()
-        self.resolver.lock = self._lock
         self._factory = socket_factory
         self._loading = False
         self._lost = False
@@ -169,7 +166,8 @@ class XfrmBackend(TableBackend):
         if self.closed:
             return
         if self.resolver.stale:
-            # After a fork loop, stamp and kernel state are the parent's: only descriptors are ours.
+            # After a fork loop, stamp and kernel state are the parent's, and the lock may be held
+            # by a thread that is not here: only descriptors are ours.
             self.closed = True
             self._close_sockets()
             self._close_poll()
@@ -180,7 +178,8 @@ class XfrmBackend(TableBackend):
                 self._recovery.cancel()
                 await asyncio.wait([self._recovery])
         self._stamp.close()
-        self._close_sockets()
+        with self._lock:
+            self._close_sockets()
         self._close_poll()
         await super().aclose()
 
@@ -247,9 +246,7 @@ class XfrmBackend(TableBackend):
         if self._loading:
             self._lost = True
             return
-        self._close_sockets()
-        self.mirror.begin_resync(self.clock())
-        self.changed()
+        self._doubt_everything()
         self._recovery = sockets.loop.create_task(self._recover())
 
     async def _recover(self) -> None:
@@ -266,7 +263,8 @@ class XfrmBackend(TableBackend):
                     await self._load()
                     return
                 except (OSError, ValueError) as error:
-                    self._close_sockets()
+                    with self._lock:
+                        self._close_sockets()
                     if tries is not None:
                         tries -= 1
                         if tries == 0 or not isinstance(error, BackendOverrun):
@@ -279,9 +277,7 @@ class XfrmBackend(TableBackend):
 
     async def _load(self) -> None:
         self._lost = False
-        self._close_sockets()
-        self.mirror.begin_resync(self.clock())
-        self.changed()
+        self._doubt_everything()
         self._check_namespace()
         assert self._poll is not None  # noqa: S101
         sockets = _Sockets(self._factory, self._take_event, self.drain, self._poll)
@@ -296,11 +292,18 @@ class XfrmBackend(TableBackend):
             sockets.events.drain()
             if self._lost or not self.mirror.finish_resync(self.clock()):
                 raise BackendOverrun(errno.ENOBUFS, "events were lost while the tables were read")
-        self._look_at_links()
-        self._look_at_marks()
-        self.changed()
+            self._look_at_links()
+            self._look_at_marks()
+            self.changed()
+
+    def _doubt_everything(self) -> None:
+        with self._lock:
+            self._close_sockets()
+            self.mirror.begin_resync(self.clock())
+            self.changed()
 
     def _close_sockets(self) -> None:
+        """Close them under the lock: who reads a token in another thread asks by them."""
         sockets, self._sockets = self._sockets, None
         if sockets is not None:
             sockets.close(unwatch=not (self.resolver.stale or sockets.loop.is_closed()))
@@ -331,10 +334,11 @@ class XfrmBackend(TableBackend):
     # The stamp
 
     def _stamp_changed(self) -> None:
-        self.set_generation(self._stamp.generation)
-        # The ports may have changed under one generation.
-        self.mirror.bump()
-        self.changed()
+        with self._lock:
+            self.set_generation(self._stamp.generation)
+            # The ports may have changed under one generation.
+            self.mirror.bump()
+            self.changed()
 
     def _mark_users(self) -> MarkUsers:
         return mark_users(filter(self._may_be_inbound, self.mirror.sas()), self.mirror.spd)

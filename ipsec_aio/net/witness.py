@@ -387,7 +387,6 @@ class Witness:
             addr[1],
             told.mark,
             stamp,
-            told.ifindex,
             doubt,
         )
         return self._enforced(evidence)

@@ -328,7 +328,7 @@ class BackendConformance(Arrivals):
         await self._sa(bench, 0x1001)
         registration = await bench.backend.register(IPPROTO_UDP, PORT)
         evidence = bench.stamped(0x1001, bench.peer, registration)
-        doubtful = Evidence(*_addresses(evidence), evidence.mark, evidence.generation, 0, "cut off")
+        doubtful = Evidence(*_addresses(evidence), evidence.mark, evidence.generation, "cut off")
         token = bench.backend.resolve(doubtful)
         assert token.assurance is Assurance.UNKNOWN
         assert "cut off" in repr(token)

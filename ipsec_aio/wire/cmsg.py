@@ -41,7 +41,6 @@ class Ancillary:
 
     mark: int | None = None
     local: bytes = b""
-    ifindex: int = 0
     reassembled: bool = False
     doubt: str = ""
 
@@ -50,7 +49,6 @@ def parse(messages: Iterable[ControlMessage]) -> Ancillary:
     """Read the control messages of one datagram."""
     mark: int | None = None
     local = b""
-    ifindex = 0
     reassembled = False
     for level, kind, data in messages:
         match level, kind:
@@ -61,11 +59,11 @@ def parse(messages: Iterable[ControlMessage]) -> Ancillary:
             case (0, 8):  # IPPROTO_IP, IP_PKTINFO
                 if local or len(data) != _IN_PKTINFO.size:
                     return Ancillary(doubt="malformed packet info")
-                ifindex, _, local = _IN_PKTINFO.unpack(data)
+                _, _, local = _IN_PKTINFO.unpack(data)
             case (41, 50):  # IPPROTO_IPV6, IPV6_PKTINFO
                 if local or len(data) != _IN6_PKTINFO.size:
                     return Ancillary(doubt="malformed packet info")
-                address, ifindex = _IN6_PKTINFO.unpack(data)
+                address, _ = _IN6_PKTINFO.unpack(data)
                 local = unmap(address)
             case (0, 25) | (41, 77):  # IP_RECVFRAGSIZE, IPV6_RECVFRAGSIZE
                 reassembled = True
@@ -73,7 +71,7 @@ def parse(messages: Iterable[ControlMessage]) -> Ancillary:
                 return Ancillary(doubt="merged by UDP_GRO")
             case _:
                 pass
-    return Ancillary(mark, local, ifindex, reassembled)
+    return Ancillary(mark, local, reassembled)
 
 
 def source(local: bytes, *, ipv6: bool) -> ControlMessage:

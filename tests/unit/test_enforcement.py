@@ -197,7 +197,11 @@ def test_what_comes_after_a_policy_for_all_of_it_governs_nothing() -> None:
     assert governing(tied, UDP, PORT, Direction.IN, local=LOCAL) == ((TUNNEL,), (AH,))
     bypass = replace(every, templates=(), priority=3)
     assert governing([*known, bypass], UDP, PORT, Direction.IN) == ()
-    for open_end in (replace(bypass, mark=Mark(1, 1)), replace(bypass, kind=1)):
+    for open_end in (
+        replace(bypass, mark=Mark(1, 1)),
+        replace(bypass, mark=Mark(1, 0)),
+        replace(bypass, kind=1),
+    ):
         assert governing([*known, open_end], UDP, PORT, Direction.IN) == ((ESP,), (AH,))
     by_interface = replace(bypass, selector=Selector(family=2, ifindex=2))
     assert governing([*known, by_interface], UDP, PORT, Direction.IN) == ((ESP,), (AH,))
@@ -382,4 +386,5 @@ def test_compressed_packets_and_marks_are_no_matter() -> None:
     assert "marks" in objection(mirror(marked), seen(mark=None), (ESP,))
     by_interface = protect(AH, selector=Selector(family=2, ifindex=3))
     assert "interfaces" in objection(mirror(by_interface), seen(), (ESP,))
-    assert objection(mirror(by_interface), seen(ifindex=4), (ESP,)) == ""
+    bound = esp(0x1001, selector=Selector(ifindex=4))
+    assert "interfaces" in objection(mirror(protect(ESP), sas=[bound]), seen(), (ESP,))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsec_aio.flow import format_address, pack_address, unmap
+from ipsec_aio.flow import Mark, format_address, pack_address, unmap
 
 
 @given(st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)))
@@ -40,3 +40,13 @@ def test_what_only_looks_like_an_address(text: str) -> None:
 def test_scopes_and_mapped_addresses() -> None:
     assert pack_address("fe80::1%eth0") == IPv6Address("fe80::1").packed
     assert pack_address("::ffff:192.0.2.1") == bytes([192, 0, 2, 1])
+
+
+def test_a_mark_fits_as_the_kernel_compares_it() -> None:
+    """``(mark & m) == v``, in xfrm_policy_match() and in each look-up of a state."""
+    assert Mark().matches(7)
+    assert Mark(5, 0xFF).matches(0x105)
+    assert not Mark(5, 0xFF).matches(6)
+    assert not Mark(0x105, 0xFF).matches(5)
+    assert not Mark(0x105, 0xFF).matches(0x105)
+    assert not Mark(5, 0).matches(5)

@@ -152,3 +152,12 @@ async def test_a_backend_gives_it_while_it_is_open() -> None:
     await backend.aclose()
     with pytest.raises(BackendUnavailable):
         backend.outlook(CONNECTION)
+
+
+@pytest.mark.parametrize("direction", [Direction.IN, Direction.OUT])
+def test_where_policies_name_interfaces_nobody_knows_which_apply(resolver, direction):
+    show(resolver, PolicyAdded(protect(direction=direction)))
+    assert not survey(resolver, CONNECTION).opaque
+    bound = protect(direction=direction, selector=Selector(ifindex=3), index=16)
+    show(resolver, PolicyAdded(bound))
+    assert survey(resolver, CONNECTION).opaque

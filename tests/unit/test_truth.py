@@ -34,11 +34,11 @@ from ipsec_aio.events import (
     SADeleted,
     SAMigrated,
 )
-from ipsec_aio.evidence import IPPROTO_TCP
+from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
 from ipsec_aio.flow import Mark, Selector, pack_address
 from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
 from ipsec_aio.policy import Template
-from ipsec_aio.sa import SA
+from ipsec_aio.sa import SA, Offload
 from ipsec_aio.truth import MISSING, TruthTable
 
 EXACT, POLICY, NONE, UNKNOWN = (
@@ -251,6 +251,23 @@ def test_a_tunnel_that_leads_away_is_no_candidate_where_own_addresses_are_known(
     bench = Bench(away)
     bench.table.is_own = {GATE, LOCAL}.__contains__
     assert bench(seen(0x1001)) is UNKNOWN
+
+
+@pytest.mark.parametrize("enforced", [None, Template()])
+def test_whole_packets_from_hardware_may_be_merged(enforced):
+    """Its SA is one of those that count: then others' packets may be in the same datagram."""
+    offloaded = esp(0x1001, offload=Offload(3, inbound=True, packet=True))
+    crypto = replace(offloaded, offload=Offload(3, inbound=True, packet=False))
+    evidence = seen(0x1001, generation=0 if enforced else 1, enforced=enforced)
+    for protocol in (IPPROTO_UDP, IPPROTO_TCP):
+        evidence = replace(evidence, protocol=protocol)
+        assert Bench(crypto).judge(evidence).protection.privacy is True
+        verdict = Bench(ah(), offloaded).judge(evidence)
+        assert "offload" in verdict.reason
+        assert (verdict.assurance, verdict.protection.integrity) == (UNKNOWN, None)
+        bench = Bench(offloaded)
+        bench.remove(offloaded)
+        assert "offload" in bench.judge(evidence).reason, "it may have been queued"
 
 
 def test_compression_beside_is_no_longer_excluded():
@@ -468,12 +485,43 @@ def test_marks_that_matter_must_be_known():
     assert Bench(protect(), bypass)(inferred(mark=5)) is NONE
 
 
-def test_interfaces_that_matter_must_be_known():
-    bypass = replace(protect(priority=1, selector=Selector(ifindex=3)), templates=())
-    bench = Bench(protect(), bypass, esp())
+@pytest.mark.parametrize(
+    "bound",
+    [
+        protect(priority=1, selector=Selector(ifindex=3)),
+        replace(protect(priority=1, selector=Selector(ifindex=1)), templates=()),
+        protect(priority=99, selector=Selector(ifindex=1)),
+        esp(2, selector=Selector(ifindex=3)),
+    ],
+)
+def test_which_interface_is_compared_is_not_known(bound):
+    """The kernel takes the route's device, such as lo, and not the one that a packet came by."""
+    bench = Bench(protect(), esp())
+    assert bench(inferred()) is POLICY
+    bench.tell(bound)
+    verdict = bench.judge(inferred())
+    assert (verdict.assurance, verdict.protection.integrity) == (UNKNOWN, None)
+    assert "interfaces" in verdict.reason
+    assert Bench(bound)(inferred()) is UNKNOWN, "nor is it known to be clear"
+    assert bench(seen(0x1001)) is EXACT
+
+
+def test_where_nothing_inbound_names_an_interface_inference_stands():
+    bound = Selector(ifindex=3)
+    bench = Bench(protect(), esp())
+    bench.tell(protect(direction=Direction.OUT, selector=bound), protect(index=12, selector=bound))
+    bench.tell(esp(2, LOCAL, PEER, direction=Direction.OUT, selector=bound))
+    assert bench(inferred()) is POLICY
+    late = esp(2, selector=bound)
+    bench.tell(late)
     assert bench(inferred()) is UNKNOWN
-    assert bench(inferred(ifindex=2)) is POLICY
-    assert bench(inferred(ifindex=3)) is UNKNOWN
+    bench.remove(late)
+    assert bench(inferred()) is POLICY
+
+
+def test_a_tunnel_whose_selector_names_an_interface_may_have_carried_it():
+    weak = tunnel(0x1001, mark=Mark(1, 1), encryption=CBC, selector=Selector(ifindex=3))
+    assert Bench(tunnel(), weak).judge(seen(0x1001)).protection.integrity is False
 
 
 def test_properties_are_the_weakest_of_what_meets_the_template():

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -60,6 +61,10 @@ async def backend(kernel: FakeKernel) -> AsyncIterator[XfrmBackend]:
 
 def evidence(mark: int | None = None, generation: int = 0) -> Evidence:
     return Evidence(IPPROTO_UDP, m.B, 5000, m.A, 40000, mark, generation)
+
+
+def stamp(spi: int) -> int:
+    return int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
 
 
 class TestConformance(BackendConformance):
@@ -782,3 +787,97 @@ async def test_no_key_byte_outlives_the_receive_buffer(
 
 def test_addresses_of_the_tests() -> None:
     assert pack_address("192.0.2.1") == m.A
+
+
+class TestThreads:
+    """Tokens may be read in any thread, whatever the loop's does meanwhile."""
+
+    ADDED = tuple(m.message(m.NEWSA, gcm(spi=0x77) + m.if_id(n + 1)) for n in range(50))
+    GONE = tuple(
+        m.message(m.DELSA, m.sa_id(spi=0x77) + m.if_id(n + 1)) for n in range(len(ADDED))
+    )
+
+    def happen(self, backend: XfrmBackend, kernel: FakeKernel) -> list[PToken]:
+        """Have SAs come and go, asked for and told of; return tokens that rest on them."""
+        kernel.emit(*self.ADDED)
+        backend.drain()
+        tokens = [backend.resolve(evidence(stamp(spi), 1)) for spi in (0x77, 0x99)]
+        kernel.emit(*self.GONE)
+        # What is missing is asked for, and takes in what is waiting.
+        tokens.append(backend.resolve(evidence(stamp(0x98), 1)))
+        backend._tick()
+        return tokens
+
+    async def test_the_mirror_changes_under_the_lock_alone(
+        self, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ipsec_aio.mirror.TOMBSTONE_SECONDS", 0.0)
+        seen: dict[str, bool] = {}
+        backend = XfrmBackend(stamp="off", socket_factory=kernel.socket)
+        owned = backend.resolver.lock._is_owned  # type: ignore[attr-defined]
+
+        def watch(target: object, name: str) -> None:
+            plain = getattr(target, name)
+
+            def watched(*arguments: object, **named: object) -> object:
+                seen[name] = seen.get(name, True) and owned()
+                return plain(*arguments, **named)
+
+            monkeypatch.setattr(target, name, watched)
+
+        for name in ("apply", "advance", "bump", "begin_resync", "finish_resync"):
+            watch(backend.mirror, name)
+        for name in ("settle_all", "next_deadline"):
+            watch(backend.resolver, name)
+        watch(backend, "_close_sockets")
+        await backend.start()
+        backend.set_generation(1)
+        backend.set_opaque_interfaces(True)
+        backend.set_opaque_interfaces(False)
+        end = backend.subscribe(lambda: None)
+        self.happen(backend, kernel)
+        kernel.emit(LOST)
+        kernel.refuse[6] = OSError(errno.EMFILE, "for once")
+        backend.drain()
+        await asyncio.sleep(0)
+        kernel.refuse.clear()
+        await synced(backend)
+        end()
+        await backend.aclose()
+        assert seen == dict.fromkeys(seen, True)
+        assert len(seen) == 8
+
+    async def test_they_do_not_disturb_each_other(
+        self, backend: XfrmBackend, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ipsec_aio.mirror.TOMBSTONE_SECONDS", 0.0)
+        backend.set_generation(1)
+        end = backend.subscribe(lambda: None)
+        tokens: list[PToken] = []
+        failures: list[BaseException] = []
+        done = threading.Event()
+
+        def read() -> None:
+            while not (done.is_set() or failures):
+                try:
+                    for token in list(tokens):
+                        assert token.sas is not None
+                        assert not (token.protected and token.pending)
+                except BaseException as error:
+                    failures.append(error)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=read) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(60):
+                tokens[:] = self.happen(backend, kernel)
+        finally:
+            sys.setswitchinterval(interval)
+            done.set()
+            for thread in threads:
+                thread.join()
+        end()
+        assert not failures
