@@ -98,13 +98,20 @@ class OpenBackend:
             )
             await joined.start()
             return joined
+        return self._open_memory()
+
+    def _open_memory(self) -> TableBackend:
         from .memory import MemoryBackend
 
         if self._spec == "memory":
-            return MemoryBackend(trust_policy=self._trust_policy)
-        return MemoryBackend.from_toml(
-            Path(self._spec.removeprefix(_FILE)), trust_policy=self._trust_policy
-        )
+            backend = MemoryBackend(trust_policy=self._trust_policy)
+        else:
+            backend = MemoryBackend.from_toml(
+                Path(self._spec.removeprefix(_FILE)), trust_policy=self._trust_policy
+            )
+        if self._stamp == "off":
+            backend.lose_stamp()
+        return backend
 
 
 def open_backend(
@@ -119,7 +126,8 @@ def open_backend(
 
     ``spec`` is ``"xfrm"`` (this kernel), ``"xfrm+vici"`` (this kernel, and who is at the ends of
     its SAs from strongSwan), ``"memory"`` or ``"memory:FILE.toml"``. ``stamp`` is ``"use"`` (where
-    it is installed), ``"install"`` (if absent), ``"require"`` (fail without it) or ``"off"``. With
+    it is installed), ``"install"`` (if absent), ``"require"`` (fail without it) or ``"off"``;
+    ``"memory"`` plays one that is installed, unless it is ``"off"``. With
     ``trust_policy`` an answer by policy counts as protected. ``vici`` is the address of
     strongSwan's socket, ``"unix:///path"`` or a path, for ``"xfrm+vici"``; without one it is where
     strongSwan puts it, ``unix:///var/run/charon.vici``. ``identities`` is a TOML file with the

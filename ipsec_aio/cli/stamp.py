@@ -83,7 +83,7 @@ def _install(netlink: NftSocket, sysctl: FwmarkAccept, arguments: argparse.Names
     if problem := _mark_users().problem:
         raise BackendError(0, problem)
     if state.late_writers:
-        raise BackendError(0, f"a later rule could write the mark: {state.late_writers[0]}")
+        raise BackendError(0, TableState(late_writers=state.late_writers).problem)
     needs_sysctl = any(port.protocol == PROTOCOLS["tcp"] for port in ports) and not sysctl.enabled
     if needs_sysctl:
         sysctl.enable()
@@ -146,7 +146,7 @@ def _status(netlink: NftSocket, sysctl: FwmarkAccept, arguments: argparse.Namesp
     for fault in state.faults:
         print(f"fault       {fault}")
     for writer in state.late_writers or ("none",):
-        print(f"late marks  {writer}")
+        print(f"later rules {writer}")
     print(f"other marks {marks or 'none'}")
     tcp = "accepted connections carry stamps" if sysctl.enabled else "TCP cannot be stamped"
     print(f"sysctl      {_SYSCTL} = {int(sysctl.enabled)}: {tcp}")

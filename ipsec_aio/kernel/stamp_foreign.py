@@ -1,4 +1,4 @@
-"""Who else could write the mark after the stamp: chains that are not ours.
+"""Who else could write the mark after the stamp, or move a packet: chains that are not ours.
 
 Rules:
 
@@ -7,6 +7,8 @@ Rules:
 * What is not known to leave marks alone is taken for a writer: ``meta mark set``, extensions like
   MARK, CONNMARK, TPROXY and HMARK, queues (user space may give a verdict with a mark), and any
   expression that this list does not know.
+* What writes into a packet counts as well: a rule that changes the port moves a packet that the
+  stamp left alone, mark and all, to a port that is served.
 * A chain that can be jumped to is judged with the base chains of its table, reached or not.
 """
 
@@ -27,6 +29,7 @@ _Expression, _Hook = nft.nft_contains_expr.nft_expr, nft.nft_chain_msg.hook
 _Data = nft.nft_data.nfta_data
 _MARK = nft.Meta.NFT_META_MARK
 _NF_QUEUE = 3
+_REWRITING = ("payload", "exthdr")
 
 _HARMLESS = frozenset(
     (
@@ -38,7 +41,6 @@ _HARMLESS = frozenset(
         "ct",
         "dup",
         "dynset",
-        "exthdr",
         "fib",
         "flow_offload",
         "fwd",
@@ -54,7 +56,6 @@ _HARMLESS = frozenset(
         "numgen",
         "objref",
         "osf",
-        "payload",
         "quota",
         "range",
         "redir",
@@ -125,7 +126,7 @@ def late_tables(chains: Iterable[Message]) -> frozenset[LateTable]:
 def writers(
     chains: Iterable[Message], rules: Iterable[Message], late: frozenset[LateTable]
 ) -> tuple[str, ...]:
-    """Name the rules in late tables that could write the mark, in the kernel's order."""
+    """Name the rules in late tables that could write mark or packet, in the kernel's order."""
     elsewhere = {
         _chain_of(chain, "NFTA_CHAIN_NAME")
         for chain in chains
@@ -165,6 +166,8 @@ def _judge(name: str, data: bytes) -> str:
     if name == "meta":
         key = number(values.get("NFTA_META_KEY"), _MARK)
         return "sets the mark" if "NFTA_META_SREG" in values and key == _MARK else ""
+    if name in _REWRITING:
+        return "rewrites packets" if f"NFTA_{name}_SREG".upper() in values else ""
     if name == "immediate":
         value = named(_Data, values.get("NFTA_IMMEDIATE_DATA", b""))
         verdict = named(_Data.verdict, value.get("NFTA_DATA_VERDICT", b""))

@@ -107,8 +107,8 @@ class TableState:
 
     ``owner`` is the netlink port id of the socket that the table goes with, 0 for none. ``faults``
     names everything that differs from what is meant; ``late_writers`` the foreign rules that could
-    write the mark after it. ``comment`` is the table's; ``handle`` tells it from one that was there
-    before under the same name.
+    write the mark or the packet after it. ``comment`` is the table's; ``handle`` tells it from one
+    that was there before under the same name.
     """
 
     installed: bool = False
@@ -125,7 +125,9 @@ class TableState:
     def problem(self) -> str:
         """Why this is no verified stamp; empty when it is one."""
         if self.late_writers:
-            return f"a later rule could write the mark: {'; '.join(self.late_writers)}"
+            return (
+                f"a later rule could write the mark or the packet: {'; '.join(self.late_writers)}"
+            )
         if not self.installed:
             return "the stamp is not installed"
         if self.faults:

@@ -149,7 +149,7 @@ async def test_a_later_rule_that_rewrites_marks(bob: Host, alice: Host, monkeypa
                 assert believed(await sink.next(b"later", alice.v4))
     if guarded:
         with pytest.raises(
-            BackendError, match="a later rule could write the mark: table inet late"
+            BackendError, match="a later rule could write the mark or the packet: table inet late"
         ):
             async with ipsec_aio.open_backend("xfrm", stamp="install"):
                 pass

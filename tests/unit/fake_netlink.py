@@ -40,6 +40,35 @@ def route(kind: int) -> bytes:
     return struct.pack("=8BI", 2, 32, 0, 0, 254, 2, 0, kind, 0)
 
 
+# XFRMNLGRP_*
+XFRM_GROUPS = {
+    **dict.fromkeys((m.NEWSA, m.DELSA, m.UPDSA, m.FLUSHSA), 3),
+    **dict.fromkeys((m.NEWPOLICY, m.DELPOLICY, m.UPDPOLICY, m.FLUSHPOLICY, m.GETDEFAULT), 4),
+    **dict.fromkeys((m.EXPIRE, m.POLEXPIRE), 2),
+    m.ACQUIRE: 1,
+    m.NEWAE: 5,
+    m.REPORT: 6,
+    m.MIGRATE: 7,
+    m.MAPPING: 8,
+}
+# RTNLGRP_*, by address family where there is one for each.
+ROUTE_GROUPS: dict[int, dict[int, int]] = {
+    **dict.fromkeys((16, 17), {socket.AF_UNSPEC: 1, socket.AF_BRIDGE: 1}),
+    **dict.fromkeys((20, 21), {socket.AF_INET: 5, socket.AF_INET6: 9}),
+    **dict.fromkeys((32, 33), {socket.AF_INET: 8, socket.AF_INET6: 19}),
+}
+
+
+def group_of(datagram: Reply, protocol: int) -> int | None:
+    """Return the group that the kernel sends it to; None for what is no message of any."""
+    if isinstance(datagram, OSError) or len(datagram) <= 16:
+        return None
+    (kind,) = struct.unpack_from("=H", datagram, 4)
+    if protocol == NETLINK_XFRM:
+        return XFRM_GROUPS.get(kind)
+    return ROUTE_GROUPS[kind][datagram[16]]
+
+
 class FakeKernel:
     """``answer(protocol, kind, request)`` may be replaced; it gives datagrams or an error."""
 
@@ -66,9 +95,12 @@ class FakeKernel:
         return [s for s in self.opened if s.groups and not s.closed]
 
     def emit(self, *datagrams: Reply, protocol: int = NETLINK_XFRM) -> None:
-        for sock in self.listening:
-            if sock.protocol == protocol:
-                sock.queue(*datagrams)
+        """Tell those who are in the group of each datagram's first message; errors tell all."""
+        for datagram in datagrams:
+            group = group_of(datagram, protocol)
+            for sock in self.listening:
+                if sock.protocol == protocol and (group is None or group in sock.groups):
+                    sock.queue(datagram)
 
     def usual_answer(self, protocol: int, kind: int, sequence: int, payload: bytes) -> list[Reply]:
         self.asked.append(kind)

@@ -16,7 +16,10 @@ from ipsec_aio.backends import (
     set_default_backend,
 )
 from ipsec_aio.backends.memory import MemoryBackend
+from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendUnavailable
+from ipsec_aio.evidence import IPPROTO_UDP, Evidence
+from ipsec_aio.flow import pack_address
 
 factories = pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 
@@ -69,6 +72,18 @@ async def test_memory_opens_and_closes(tmp_path):
                 await opening.__aenter__()
         assert backend.closed
         await opening.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("stamp", ["use", "install", "require", "off"])
+async def test_memory_plays_the_stamp_unless_it_is_off(tmp_path, stamp):
+    path = tmp_path / "ipsec.toml"
+    path.write_text('[[sa]]\nsrc = "192.0.2.2"\ndst = "192.0.2.1"\n')
+    async with open_backend(f"memory:{path}", stamp=stamp) as backend:
+        registration = await backend.register(IPPROTO_UDP, 5000)
+        local, peer = map(pack_address, ("192.0.2.1", "192.0.2.2"))
+        evidence = Evidence(IPPROTO_UDP, local, 5000, peer, 9, 0, registration.generation)
+        token = backend.resolve(evidence)
+        assert (token.assurance is Assurance.EXACT) is token.protected is (stamp != "off")
 
 
 async def test_a_faulty_file_is_told_of(tmp_path):

@@ -8,6 +8,7 @@ import gc
 import io
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -216,11 +217,14 @@ async def test_interfaces_make_the_stamp_opaque(kernel: FakeKernel, backend: Xfr
     assert not backend.resolver.opaque_interfaces
 
 
-async def test_addresses_change_the_epoch(kernel: FakeKernel, backend: XfrmBackend) -> None:
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+async def test_addresses_change_the_epoch(
+    kernel: FakeKernel, backend: XfrmBackend, family: int
+) -> None:
     assert backend.resolver.is_own(m.B)
     assert not backend.resolver.is_own(m.A)
     epoch = backend.epoch
-    kernel.emit(m.message(20, b""), protocol=0)
+    kernel.emit(m.message(20, bytes([family]) + bytes(7)), protocol=0)
     backend.drain()
     assert backend.epoch != epoch
 

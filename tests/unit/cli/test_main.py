@@ -152,7 +152,7 @@ def test_later_writers_are_refused_and_shown(admin: NftSocket, capsys: Captured)
     assert main([*INSTALL, "udp/5000"]) == 0
     late_writer(admin)
     assert main(["stamp", "status"]) == 1
-    assert "late marks  table inet late chain last rule handle" in capsys.readouterr().out
+    assert "later rules table inet late chain last rule handle" in capsys.readouterr().out
     assert main([*INSTALL, "udp/5001"]) == 1
     assert "sets the mark" in capsys.readouterr().err
     assert main(["stamp", "remove"]) == 0
@@ -307,4 +307,7 @@ def test_as_a_module() -> None:
 
 
 def test_states_without_a_stamp_name_the_later_writer() -> None:
-    assert TableState(late_writers=("x",)).problem == "a later rule could write the mark: x"
+    assert (
+        TableState(late_writers=("x",)).problem
+        == "a later rule could write the mark or the packet: x"
+    )

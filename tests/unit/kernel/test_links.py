@@ -62,6 +62,12 @@ async def test_this_kernel() -> None:
     links.drain()
     assert links.changes > before
     assert not links.opaque
+    for address in ("10.5.0.3/24", "2001:db8:5::1/64"):
+        links.drain()
+        before = links.changes
+        ip(f"addr add {address} dev w0")
+        links.drain()
+        assert links.changes > before, address
     assert links.is_local(pack_address("10.5.0.1"))
     assert links.is_local(pack_address("127.3.4.5"))
     assert links.is_local(pack_address("::1"))

@@ -350,6 +350,19 @@ async def test_a_later_writer_is_noticed_and_named(
     assert not stamp_table.read(admin).late_writers
 
 
+async def test_a_later_rule_that_moves_packets_is_noticed(opened: Open, admin: NftSocket) -> None:
+    """``udp dport set 5000``: what came for a port that keeps its marks ends at a served one."""
+    stamp = await opened("install")
+    covered = stamp.cover(UDP, 5000)
+    move = expression("payload", sreg=1, base=2, offset=2, len=2, csum_type=0, csum_offset=0)
+    port = expression("immediate", dreg=1, data=nfnetlink.data((5000).to_bytes(2, "big")))
+    admin.commit([table("late"), chain("late", "last", 1, INPUT_PRIORITY)])
+    admin.commit([nft_rule("late", "last", (port, move))])
+    stamp.refresh()
+    assert covered.generation == 0
+    assert "late chain last rule handle 2: rewrites packets" in stamp.problem
+
+
 async def test_earlier_writers_and_sets_elsewhere_do_not_matter(
     opened: Open, admin: NftSocket
 ) -> None:
