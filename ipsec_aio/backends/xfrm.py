@@ -18,7 +18,6 @@ import select
 import socket
 import threading
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ipsec_aio.errors import BackendOverrun, BackendUnavailable
@@ -126,7 +125,8 @@ class XfrmBackend(TableBackend):
         """
         if self.closed or self.resolver.stale or self._thread != threading.get_ident():
             return
-        if self._poll is not None and self._poll.poll(0, 1):
+        # A look-up for one SA may have read what others do with marks.
+        if self._marks_matter or (self._poll is not None and self._poll.poll(0, 1)):
             with self._lock:
                 self._take_in()
         super().drain()
@@ -157,6 +157,8 @@ class XfrmBackend(TableBackend):
                 self.mirror.apply(SAAdded(sa), self.clock())
             sockets.events.drain()
         except (OSError, ValueError) as error:
+            # At once, for what else is judged in this wake-up.
+            self.mirror.begin_resync(self.clock())
             sockets.loop.call_soon(self._lose, sockets, error)
             return False
         return True
@@ -208,6 +210,10 @@ class XfrmBackend(TableBackend):
         self.mirror.apply(event, self.clock())
         if isinstance(event, SAMigrated):
             raise BackendOverrun(errno.ESTALE, "SAs migrated to other addresses")
+
+    def _take_record(self, event: Event) -> None:
+        # Each at its own time: an SA that comes while very many are read is no older than that.
+        self.mirror.load(event, self.clock())
 
     def _look_again(self, told: SA) -> None:
         """Take in what an update really made of an SA; it may have moved to another ``if_id``."""
@@ -283,9 +289,8 @@ class XfrmBackend(TableBackend):
         sockets = _Sockets(self._factory, self._take_event, self.drain, self._poll)
         self._sockets = sockets
         with _collector_off(), closing(XfrmDumps(factory=self._factory)) as dumps:
-            take = partial(self.mirror.load, now=self.clock())
             for build in (xfrm.dump_sas, xfrm.dump_policies):
-                await dumps.read(build, take)
+                await dumps.read(build, self._take_record)
         self.mirror.load(sockets.requests.defaults(), self.clock())
         await sockets.links.load()
         with self._lock:
