@@ -31,7 +31,7 @@ import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import Context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
     from .enforce import Enforcement
     from .latching import Guard
+
+    T = TypeVar("T")
 
 __all__ = ["KNOWN_LIMIT", "Connection", "Facts", "Judge"]
 
@@ -260,14 +262,35 @@ class Connection:
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self.judge.report(
-                {
-                    "message": f"Fatal error: protocol.{callback}() call failed.",
-                    "exception": error,
-                    "transport": transport,
-                    "protocol": protocol,
-                }
-            )
+            self._report(callback, error, transport)
+
+    def feed(self, name: str, callback: Callable[..., T], *arguments: Any) -> T | None:
+        """Deliver what was kept, by a callback of this name of the user's protocol.
+
+        What that raises ends the connection, as it does where the loop delivers.
+        """
+        try:
+            return self.context.copy().run(callback, *arguments)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            transport = self._transport()
+            self._report(name, error, transport)
+            if transport is not None:
+                transport.abort()  # type: ignore[attr-defined]
+            return None
+
+    def _report(
+        self, callback: str, error: BaseException, transport: asyncio.BaseTransport | None
+    ) -> None:
+        self.judge.report(
+            {
+                "message": f"Fatal error: protocol.{callback}() call failed.",
+                "exception": error,
+                "transport": transport,
+                "protocol": None if transport is None else user_of(transport),
+            }
+        )
 
     def latch(
         self, transport: asyncio.BaseTransport, options: Latch, listener: ListenerLatch | None
@@ -314,7 +337,7 @@ class Connection:
         if token.assurance <= self._ceiling:
             self._replace(token)
 
-    def review(self, *, closed: bool) -> None:
+    def review(self, closed: bool = False) -> None:
         """The backend's epoch has moved, or it was closed: see what the token still rests on."""
         evidence, listener = self.evidence, self._listener
         if evidence.doubt:
@@ -460,11 +483,23 @@ class Judge:
         # Latches first: what conflicts is held before anybody is told of new tokens.
         for latched in list(self.latched):
             if latched.guard is not None:
-                latched.guard.look()
+                self._attempt(latched.guard.look)
         closed = self.resolve(_nowhere("a trial").evidence()) is self._when_closed
         for connection in registry.living():
             if connection.judge is self:
-                connection.review(closed=closed)
+                self._attempt(connection.review, closed)
+
+    def _attempt(self, callback: Callable[..., None], *arguments: object) -> None:
+        """Call back for one connection: what that raises keeps nobody else from his turn."""
+        try:
+            callback(*arguments)
+        except (SystemExit, KeyboardInterrupt):
+            # The others have theirs when the loop runs on, as it does to clean up.
+            self._loop.call_soon(weakly(self._changed))
+            raise
+        except BaseException as error:
+            message = "A connection could not be reviewed after a change of the backend's tables"
+            self.report({"message": message, "exception": error})
 
 
 def _nothing() -> None: ...

@@ -229,7 +229,7 @@ class _Entering:
         guard = self.connection.guard
         if guard is not None and not guard.admits():
             # Open until it was told.
-            guard.keep(self._late_eof)
+            guard.keep("eof_received", self._late_eof)
             return True
         callback: Callable[[], bool | None] | None = getattr(self.protocol, "eof_received", None)
         return None if callback is None else self.connection.cell.run(callback)
@@ -272,7 +272,7 @@ class _LatchedStream(_Entering, asyncio.Protocol):
         if self.guard.admits():
             self.connection.enter(self.protocol.data_received, data)
         else:
-            self.guard.keep(self.protocol.data_received, data)
+            self.guard.keep("data_received", self.protocol.data_received, data)
 
 
 class _LatchedBuffered(_EnteringBuffered):
@@ -288,7 +288,7 @@ class _LatchedBuffered(_EnteringBuffered):
             self.connection.enter(self.protocol.buffer_updated, nbytes)
         else:
             # Nothing is read any more, so it stays in the buffer.
-            self.guard.keep(self.protocol.buffer_updated, nbytes)
+            self.guard.keep("buffer_updated", self.protocol.buffer_updated, nbytes)
 
 
 def enter(protocol: asyncio.BaseProtocol, connection: Connection) -> asyncio.BaseProtocol:

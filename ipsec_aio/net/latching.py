@@ -129,7 +129,7 @@ class Guard:
         self._family = _AF_INET if len(connection.evidence.local) == 4 else _AF_INET6
         self._timer: asyncio.TimerHandle | None = None
         self._written: list[bytes] = []
-        self._read: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+        self._read: list[tuple[str, Callable[..., object], tuple[object, ...]]] = []
         self._epoch = judge.backend.epoch
         self._paused = self._full = self._told_full = False
         self.eof = False
@@ -168,11 +168,13 @@ class Guard:
         judge.drain()
         if judge.backend.epoch != self._epoch:
             self.look()
+            # That may have ended it.
+            return not self.held and self.raw is not None and not self.raw.is_closing()
         return not self.held
 
-    def keep(self, callback: Callable[..., object], *arguments: object) -> None:
-        """Have something delivered when it is admitted."""
-        self._read.append((callback, arguments))
+    def keep(self, name: str, callback: Callable[..., object], *arguments: object) -> None:
+        """Have something delivered when it is admitted, by a callback of this name."""
+        self._read.append((name, callback, arguments))
 
     def look(self) -> None:
         """See how things are now, and act upon it."""
@@ -288,8 +290,13 @@ class Guard:
             raw.write_eof()
         self._flow()
         while self._read and not self.held and not raw.is_closing():
-            callback, arguments = self._read.pop(0)
-            self._connection.enter(callback, *arguments)
+            name, callback, arguments = self._read.pop(0)
+            try:
+                self._connection.feed(name, callback, *arguments)
+            except BaseException:
+                # The loop is to end. If it runs on, so does this, from where it was.
+                self._hold(raw, told=False)
+                raise
         if not self._paused and not self.held and not raw.is_closing():
             self._connection.enter(raw.resume_reading)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextvars import Context, copy_context
 from functools import partial
 from types import coroutine
@@ -37,7 +37,7 @@ from .connect import connect_protected
 from .connection import Connection, Judge
 from .context import current
 from .enforce import KERNEL, Where, check_options, enforcement_for
-from .forward import ForwardingTransport, connection_of, dress, enter, undress
+from .forward import ForwardingTransport, connection_of, dress, enter, undress, user_of
 from .latching import reset
 from .listening import Listener
 from .protocols import TokenProtocol, takes_token
@@ -293,11 +293,10 @@ class _Handover(asyncio.Protocol):
     transport: asyncio.Transport | None = None
     error: ProtectionError | None = None
     begun = False
-    _waiting: asyncio.Task[None] | None = None
-    _raw: asyncio.Transport | None = None
-    _early: Sequence[bytes] = ()
+    _task: asyncio.Task[None] | None = None
+    _waiting: asyncio.Transport | None = None
+    _early: tuple[bytes, ...] = ()
     _ended = False
-    _lost = False
 
     def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
         self.protocol = protocol
@@ -316,32 +315,30 @@ class _Handover(asyncio.Protocol):
                 reset(raw)
             raise
         if self._awaits(token) and self._has_room():
-            self._raw = raw
+            self._waiting = raw
             raw.pause_reading()
-            self._waiting = self._terms.loop.create_task(self._wait(raw, copy_context()))
+            self._task = self._terms.loop.create_task(self._wait(copy_context()))
         else:
             self._settle(raw, token)
 
     def data_received(self, data: bytes) -> None:
-        raw, accepting = self._raw, self._terms.accepting
-        if raw is None or self._waiting is None:
+        raw, accepting = self._waiting, self._terms.accepting
+        if raw is None:
             return  # it was reset
         raw.pause_reading()
-        self._early = [*self._early, data]
+        self._early = (*self._early, data)
         if accepting is not None:
             accepting.kept += len(data)
             if accepting.kept > KEPT_LIMIT:
-                self._waiting.cancel()
                 self._settle(raw, self._token())
 
     def eof_received(self) -> bool:
         self._ended = True
-        return self._waiting is not None and not self._lost
+        return self._waiting is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost = True
-        if self._waiting is not None and self.transport is None:
-            self._waiting.cancel()
+        if self._waiting is not None:
+            self._wait_no_more()
             self._connection.close()
             self.error = ProtectionError("peer", "the connection was lost before it was identified")
             self._done()
@@ -365,8 +362,8 @@ class _Handover(asyncio.Protocol):
         _, _, deadline, _, accepting = self._terms
         return deadline > 0 and (accepting is None or accepting.holds_one())
 
-    async def _wait(self, raw: asyncio.Transport, context: Context) -> None:
-        loop, _, deadline, _, accepting = self._terms
+    async def _wait(self, context: Context) -> None:
+        loop, _, deadline, _, _ = self._terms
         try:
             async with asyncio.timeout(deadline):
                 while self._awaits(token := self._token()):
@@ -376,19 +373,29 @@ class _Handover(asyncio.Protocol):
                         self._connection.cell.ptoken = resolved
         except (TimeoutError, IPsecError):
             pass
-        finally:
-            if accepting is not None:
-                accepting.held -= 1
-                accepting.kept -= sum(map(len, self._early))
-        loop.call_soon(self._settle_late, raw, context=context)
+        loop.call_soon(self._settle_late, context=context)
 
-    def _settle_late(self, raw: asyncio.Transport) -> None:
-        if not self._lost:
-            self._settle(raw, self._token())
+    def _wait_no_more(self) -> None:
+        """Give back the room that it has taken. Idempotent."""
+        if self._waiting is None:
+            return
+        self._waiting = None
+        assert self._task is not None  # noqa: S101
+        self._task.cancel()
+        accepting = self._terms.accepting
+        if accepting is not None:
+            accepting.held -= 1
+            accepting.kept -= sum(map(len, self._early))
+
+    def _settle_late(self) -> None:
+        # It may have been lost or refused since.
+        if self._waiting is not None:
+            self._settle(self._waiting, self._token())
 
     def _settle(self, raw: asyncio.Transport, token: PToken) -> None:
         """Refuse, or hand over."""
         _, require, _, latch, accepting = self._terms
+        self._wait_no_more()
         connection = self._connection
         error = None if require is None else require.check(token)
         if error is None and latch is not None:
@@ -407,10 +414,9 @@ class _Handover(asyncio.Protocol):
             context.run(current.set, connection.cell)
         self.transport = dress(raw, connection)
         protocol: Any = self.protocol
-        entering = enter(protocol, connection)
         # Installed first: a protocol may put another in its place from connection_made.
-        raw.set_protocol(entering)
-        if self._waiting is not None:
+        raw.set_protocol(enter(protocol, connection))
+        if self._task is not None:
             # What is read is delivered by the loop, so after connection_made.
             self.transport.resume_reading()
         arguments = (self.transport, token) if takes_token(protocol) else (self.transport,)
@@ -419,13 +425,16 @@ class _Handover(asyncio.Protocol):
         else:
             protocol.connection_made(*arguments)
         if self._early or self._ended:
-            self._deliver_early(raw, entering)
+            self._deliver_early(raw)
         if connection.guard is not None:
             connection.guard.begin()
 
-    def _deliver_early(self, raw: asyncio.Transport, entering: asyncio.BaseProtocol) -> None:
-        deliver = partial(_deliver, raw, entering, self._early, ended=self._ended)
-        if raw.is_reading() or not isinstance(self.transport, ForwardingTransport):
+    def _deliver_early(self, raw: asyncio.Transport) -> None:
+        connection = self._connection
+        deliver = partial(_deliver, raw, connection, list(self._early), ended=self._ended)
+        guard = connection.guard
+        held = guard is not None and guard.held
+        if held or raw.is_reading() or not isinstance(self.transport, ForwardingTransport):
             deliver()
         else:
             # The user's protocol has paused it.
@@ -560,22 +569,43 @@ def _let_go(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
 
 
 def _deliver(
-    raw: asyncio.Transport, protocol: Any, pieces: Sequence[bytes], *, ended: bool
+    raw: asyncio.Transport, connection: Connection, pieces: list[bytes], *, ended: bool
 ) -> None:
-    """Call a protocol as the loop would have."""
-    for data in pieces:
+    """Call the user's protocol of the moment as the loop would have, when its latch admits it."""
+    guard = connection.guard
+    while pieces or ended:
+        protocol: Any = user_of(raw)
+        if raw.is_closing() or protocol is None:
+            return
+        if guard is not None and not guard.admits():
+            guard.keep("data_received", partial(_deliver, raw, connection, pieces, ended=ended))
+            return
+        if not pieces:
+            end: Callable[[], object] = getattr(protocol, "eof_received", _nothing)
+            if not connection.feed("eof_received", end) and not raw.is_closing():
+                raw.close()
+            return
+        data = pieces.pop(0)
         if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):
-            rest = memoryview(data)
-            while rest and not raw.is_closing():
-                buffer = memoryview(protocol.get_buffer(len(rest))).cast("B")
-                size = min(len(buffer), len(rest))
-                buffer[:size] = rest[:size]
-                protocol.buffer_updated(size)
-                rest = rest[size:]
-        elif not raw.is_closing():
-            protocol.data_received(data)
-    if ended and not raw.is_closing() and not protocol.eof_received():
-        raw.close()
+            size = connection.feed("get_buffer", _fill, protocol, data)
+            if size is not None:
+                connection.feed("buffer_updated", protocol.buffer_updated, size)
+                pieces[:0] = filter(None, (data[size:],))
+        else:
+            connection.feed("data_received", protocol.data_received, data)
+
+
+def _fill(protocol: Any, data: bytes) -> int:
+    """Put data into a protocol's buffer; return how much found room."""
+    buffer = memoryview(protocol.get_buffer(len(data))).cast("B")
+    if not buffer:
+        raise RuntimeError("get_buffer() returned an empty buffer")
+    size = min(len(buffer), len(data))
+    buffer[:size] = data[:size]
+    return size
+
+
+def _nothing() -> None: ...
 
 
 def _is_stamped(registration: Registration) -> bool:

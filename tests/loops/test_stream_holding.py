@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from notes import PATIENCE
 from stream_tools import (
     HOST,
     Buffered,
@@ -30,6 +33,24 @@ MOON = Require(encrypted=True, peer="moon.example.org")
 OTHER = "127.0.0.9"
 FAR = 60.0
 """A deadline that no test waits for."""
+
+
+@pytest.fixture(autouse=True)
+async def room(monkeypatch: Any) -> AsyncIterator[list[streams._Accepting]]:
+    """All servers of a test; at its end none has connections or bytes that wait."""
+    servers: list[streams._Accepting] = []
+    init = streams._Accepting.__init__
+
+    def noted(self: streams._Accepting, *arguments: Any) -> None:
+        init(self, *arguments)
+        servers.append(self)
+
+    monkeypatch.setattr(streams._Accepting, "__init__", noted)
+    yield servers
+    async with asyncio.timeout(PATIENCE):
+        while any(server.held or server.kept for server in servers):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert {(server.held, server.kept) for server in servers} <= {(0, 0)}
 
 
 @pytest.fixture(params=["plain", "tls"])
@@ -229,6 +250,146 @@ async def test_only_so_much_is_kept(monkeypatch: Any) -> None:
         else:
             backend.identify(sa, peer="moon.example.org")
             await log.bytes(5)
+
+
+async def test_what_comes_before_the_wait_has_begun_takes_no_room_for_good(
+    monkeypatch: Any, room: Any
+) -> None:
+    """What the client says is there when the connection is accepted."""
+    monkeypatch.setattr(streams, "KEPT_LIMIT", 3)
+    backend, _ = waiting()
+    async with serving(Tokened, backend, require=MOON, deadline=0.05) as server:
+        for number in range(1, 4):
+            with socket.create_connection((HOST, port_of(server))) as client:
+                client.sendall(b"hello")
+                async with asyncio.timeout(PATIENCE):
+                    while server.ipsec_stats.refused < number:  # noqa: ASYNC110
+                        await asyncio.sleep(0)
+            assert (room[0].held, room[0].kept) == (0, 0)
+        assert server.ipsec_stats.refused_by == {"peer": 3}
+
+
+async def test_what_comes_when_the_wait_is_over_is_delivered_and_takes_no_room(
+    room: Any,
+) -> None:
+    """Between the end of the wait and the handover, as a loop that reads on may bring it."""
+    backend, sa = waiting()
+    log = Log()
+    handovers: list[Any] = []
+    late = streams._Handover._settle_late
+
+    def settle_late(self: Any) -> None:
+        self.data_received(b"at the last moment")
+        assert room[0].kept == 18
+        handovers.append(self)
+        late(self)
+        assert (room[0].held, room[0].kept) == (0, 0)
+        late(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams._Handover, "_settle_late", settle_late)
+        async with held(backend, lambda: Tokened(log)) as (server, _):
+            backend.identify(sa, peer="moon.example.org")
+            assert await log.bytes(18) == b"at the last moment"
+            assert server.ipsec_stats.received == 1
+            assert log.kinds.count("made") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (Buffered, "get_buffer"),
+        (Buffered, "buffer_updated"),
+        (Tokened, "data_received"),
+        (Tokened, "eof_received"),
+    ],
+)
+async def test_what_a_protocol_raises_then_ends_its_connection(kind: Any, name: str) -> None:
+    """As it does where the loop delivers."""
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        raise ZeroDivisionError("on purpose")
+
+    raised: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context))
+    backend, sa = waiting()
+    protocol = type("Failing", (kind,), {name: fail})()
+    late = streams._Handover._settle_late
+
+    def settle_late(self: Any) -> None:
+        self.data_received(b"early")
+        self.eof_received()
+        late(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams._Handover, "_settle_late", settle_late)
+        async with held(backend, lambda: protocol) as (_, client):
+            backend.identify(sa, peer="moon.example.org")
+            await client.log.until("lost")
+    assert [context["message"] for context in raised] == [
+        f"Fatal error: protocol.{name}() call failed."
+    ]
+    assert raised[0]["protocol"] is protocol
+    await protocol.log.until("lost")
+
+
+async def test_a_buffer_without_room_ends_it() -> None:
+    class Roomless(Buffered):
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return bytearray()
+
+    raised: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context))
+    backend, sa = waiting()
+    async with held(backend, Roomless) as (_, client):
+        client.transport.write(b"hello")
+        backend.identify(sa, peer="moon.example.org")
+        await client.log.until("lost")
+    assert [type(context["exception"]) for context in raised] == [RuntimeError]
+
+
+async def test_what_a_user_raises_that_resumes_later_ends_it() -> None:
+    """On uvloop, where what was read before comes from resume_reading()."""
+
+    class Pausing(Tokened):
+        def connection_made(self, transport: Any, ptoken: Any) -> None:
+            super().connection_made(transport, ptoken)
+            transport.pause_reading()
+
+        def data_received(self, data: bytes) -> None:
+            raise ZeroDivisionError("on purpose")
+
+    raised: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context))
+    backend, sa = waiting()
+    protocol = Pausing()
+    async with held(backend, lambda: protocol) as (_, client):
+        client.transport.write(b"hello")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        backend.identify(sa, peer="moon.example.org")
+        await protocol.log.until("made")
+        protocol.transport.resume_reading()
+        await client.log.until("lost")
+    assert [type(context["exception"]) for context in raised] == [ZeroDivisionError]
+
+
+async def test_whoever_takes_over_at_once_gets_what_was_said_before() -> None:
+    """On uvloop, where something was read before."""
+    second = Tokened()
+
+    class Passing(Tokened):
+        def connection_made(self, transport: Any, ptoken: Any) -> None:
+            super().connection_made(transport, ptoken)
+            transport.set_protocol(second)
+
+    backend, sa = waiting()
+    async with held(backend, Passing) as (_, client):
+        client.transport.write(b"hello")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        backend.identify(sa, peer="moon.example.org")
+        assert await second.log.bytes(5) == b"hello"
 
 
 async def test_a_backend_that_is_closed_meanwhile_refuses() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import uvloop
 from kernel_tools import KernelBackend, Policies
 from stream_tools import (
     HOST,
@@ -250,6 +251,198 @@ async def test_what_a_callback_raises_stops_nothing() -> None:
     assert [type(context["exception"]) for context in raised] == [ZeroDivisionError]
 
 
+class Sore(Latched):
+    """Raises what it is told to where it is told to, once."""
+
+    error: BaseException | None = None
+    where = ""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.fail("data_received")
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        self.fail("eof_received")
+        return True
+
+    def latch_broken(self, reason: LatchReason) -> None:
+        super().latch_broken(reason)
+        self.fail("latch_broken")
+
+    def fail(self, where: str) -> None:
+        if self.error is not None and where == self.where:
+            error, self.error = self.error, None
+            raise error
+
+
+class SoreBuffered(LatchedBuffered):
+    """The same with buffers of its own."""
+
+    error: BaseException | None = None
+
+    def buffer_updated(self, nbytes: int) -> None:
+        super().buffer_updated(nbytes)
+        if self.error is not None:
+            raise self.error
+
+
+@contextlib.asynccontextmanager
+async def one_and_others(kind: Any = Sore) -> AsyncIterator[Any]:
+    """A backend of many peers, latched connections by peer, and their clients."""
+    peers = [f"127.0.0.{number}" for number in range(20, 32)]
+    backend = LateNews()
+    sas = {}
+    for reqid, peer in enumerate(peers, 1):
+        sas[peer] = backend.add_sa(src=peer, dst=HOST, reqid=reqid)
+        backend.add_policy(src=peer, dst=HOST, reqid=reqid)
+        backend.add_policy(src=HOST, dst=peer, reqid=reqid, direction="out")
+    made: list[Any] = []
+    unmade = [kind() for _ in peers]
+
+    def factory() -> Any:
+        made.append(unmade[len(made)])
+        return made[-1]
+
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(serving(factory, backend, latch=PAUSE))
+        clients = {}
+        for peer in peers:
+            clients[peer] = await stack.enter_async_context(connected(port_of(server), source=peer))
+        for each in unmade:
+            await each.log.until("made")
+        found = {each.transport.get_extra_info("peername")[0]: each for each in made}
+        yield backend, sas, found, clients
+        for each in made:
+            each.transport.abort()
+            await each.log.until("lost")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (Sore, "data_received"),
+        (Sore, "eof_received"),
+        (Sore, "latch_broken"),
+        (SoreBuffered, "buffer_updated"),
+    ],
+)
+async def test_what_one_protocol_raises_breaks_all_latches_that_are_to_break(
+    kind: Any, name: str
+) -> None:
+    """One connection is restored and its protocol raises, in the wake-up that breaks the others."""
+    raised: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context))
+    async with one_and_others(kind) as (backend, sas, protocols, clients):
+        one, *others = protocols
+        protocols[one].where = name
+        if name == "latch_broken":
+            protocols[one].error = ZeroDivisionError("on purpose")
+        else:
+            backend.news.append(lambda: backend.delete_sa(sas[one]))
+            client = clients[one].transport
+            client.write_eof() if name == "eof_received" else client.write(b"kept")
+            await protocols[one].log.until("broken")
+            protocols[one].error = ZeroDivisionError("on purpose")
+            backend.rekey(sas[one])
+        for peer in protocols if name == "latch_broken" else others:
+            backend.delete_sa(sas[peer])
+        await seen()
+        for peer in others:
+            assert status(protocols[peer]).state is BROKEN
+            assert len(protocols[peer].log.of("broken")) == 1
+            protocols[peer].transport.write(b"secret")
+        await asyncio.sleep(0.02)
+        assert all("data" not in clients[peer].log.kinds for peer in others)
+        assert [type(context["exception"]) for context in raised] == [ZeroDivisionError]
+        assert raised[0]["message"] == f"Fatal error: protocol.{name}() call failed."
+        assert raised[0]["protocol"] is protocols[one]
+        if name != "latch_broken":
+            await protocols[one].log.until("lost")
+
+
+async def test_what_cannot_be_reviewed_is_reported() -> None:
+    class Failing(LateNews):
+        failing = False
+
+        def outlook(self, evidence: Any) -> Any:
+            if self.failing and evidence.peer[-1] == 20:
+                raise ZeroDivisionError("on purpose")
+            return super().outlook(evidence)
+
+    raised: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "LateNews", Failing)
+        async with one_and_others() as (backend, sas, protocols, _):
+            backend.failing = True
+            for sa in sas.values():
+                backend.delete_sa(sa)
+            await seen()
+            broken = [status(protocol).state for protocol in protocols.values()].count(BROKEN)
+            assert broken == len(protocols) - 1
+            backend.failing = False
+    assert {type(context["exception"]) for context in raised} == {ZeroDivisionError}
+
+
+async def test_what_looking_ends_gets_nothing_more() -> None:
+    class Leaving(Latched):
+        def latch_broken(self, reason: LatchReason) -> None:
+            super().latch_broken(reason)
+            self.transport.abort()
+
+    backend = LateNews()
+    async with latched(backed(backend), kind=Leaving) as (protocol, client, sa):
+
+        def news() -> None:
+            new = backend.rekey(sa, aead=WEAK)
+            protocol.transport._guard.look()
+            backend.delete_sa(new)
+
+        backend.news.append(news)
+        client.transport.write(b"too late")
+        await protocol.log.until("lost")
+        assert "data" not in protocol.log.kinds
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_who_ends_the_program_ends_it_and_all_latches_break(new_loop: Any, error: Any) -> None:
+    """As the loop's own callbacks do; and where it runs on, to clean up, nothing is forgotten."""
+    stack = contextlib.AsyncExitStack()
+
+    async def begin() -> Any:
+        found = await stack.enter_async_context(one_and_others())
+        backend, sas, protocols, clients = found
+        one = next(iter(protocols))
+        backend.news.append(lambda: backend.delete_sa(sas[one]))
+        clients[one].transport.write(b"kept")
+        await protocols[one].log.until("broken")
+        protocols[one].transport._guard.keep("data_received", protocols[one].data_received, b" too")
+        protocols[one].where, protocols[one].error = "data_received", error("on purpose")
+        return found
+
+    async def part_ways(backend: Any, sas: Any, protocols: Any, clients: Any) -> None:
+        one, *others = protocols
+        backend.rekey(sas[one])
+        for peer in others:
+            backend.delete_sa(sas[peer])
+        await protocols[one].log.until("lost")
+
+    async def end(backend: Any, sas: Any, protocols: Any, clients: Any) -> None:
+        one, *others = protocols
+        await protocols[one].log.bytes(8)
+        assert [data for data, _ in protocols[one].log.of("data")] == [b"kept", b" too"]
+        assert {status(protocols[peer]).state for peer in others} == {BROKEN}
+        await stack.aclose()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        found = runner.run(begin())
+        with pytest.raises(error):
+            runner.run(part_ways(*found))
+        runner.run(end(*found))
+
+
 # -- a break pauses --------------------------------------------------------------------------
 
 
@@ -394,7 +587,7 @@ async def test_a_second_break_while_things_are_delivered() -> None:
         backend.news.append(lambda: backend.delete_sa(sa))
         client.transport.write(b"one")
         await protocol.log.until("broken")
-        protocol.transport._guard.keep(protocol.data_received, b"two")
+        protocol.transport._guard.keep("data_received", protocol.data_received, b"two")
         new = backend.rekey(sa)
         await protocol.log.until("broken", 2)
         assert [data for data, _ in protocol.log.of("data")] == [b"one"]
@@ -874,6 +1067,33 @@ async def test_a_peer_that_is_demanded_and_awaited_gets_nothing_yet() -> None:
         backend.identify(sa, peer="ann.example.org")
         assert await client.log.bytes(9) == b"hello ann"
         assert protocol.log.kinds == ["made", "pause", "resume"]
+
+
+@pytest.mark.parametrize("kind", [Latched, LatchedBuffered])
+async def test_what_was_said_before_waits_for_the_latch(kind: Any) -> None:
+    """On uvloop, where a piece is read before it is known what the connection came by."""
+    backend = RecordingBackend()
+    backend.hold_events()
+    sa = backend.add_sa(src=PEER, dst=HOST, reqid=1, peer="ann.example.org")
+    ann = LatchParameters(peer=ipsec_aio.IToken.named("ann.example.org"))
+    protocol = kind()
+    latch = Latch(on_break="pause", like=ann)
+    async with (
+        serving(lambda: protocol, backend, latch=latch, deadline=5.0) as server,
+        connected(port_of(server), source=PEER) as client,
+    ):
+        data = bytes(range(200))
+        client.transport.write(data)
+        await accepted(backend)
+        await seen()
+        new = backend.rekey(sa, identity_pending=True)
+        backend.release_events()
+        await protocol.log.until("made")
+        client.transport.write(b"more")
+        await asyncio.sleep(0.02)
+        assert "data" not in protocol.log.kinds
+        backend.identify(new, peer="ann.example.org")
+        assert await protocol.log.bytes(204) == data + b"more"
 
 
 # -- listeners -------------------------------------------------------------------------------
