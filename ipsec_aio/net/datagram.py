@@ -253,19 +253,9 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             self._deliver()
             return
         self._counters.received += 1
-        addr, token = entry
-        current.set(token)
-        try:
-            if self._gives_token:
-                self._protocol.datagram_received(data, addr, token)
-            else:
-                self._protocol.datagram_received(data, addr)
-        except (SystemExit, KeyboardInterrupt):
-            current.set(None)
-            self._loop.call_soon(self._start_reading, context=self._context)
-            raise
-        except BaseException as exc:
-            self._report(exc, "Exception in a callback for a received datagram")
+        self._hand_over(data, *entry)
+        # The context is the next wake-up's, too, and what that looks at is nobody's.
+        current.set(None)
 
     def _receive_many(self) -> None:
         batch = self._batch
@@ -378,6 +368,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 self._deliver()
                 return
         self._entries = []
+        set_token(None)
 
     def _not_delivered(self) -> list[Entry]:
         return self._entries[len(self._entries) - length_hint(self._coming) :]

@@ -210,6 +210,24 @@ async def test_current_ptoken_is_the_datagrams_also_in_its_tasks() -> None:
     await close(transport, client, other)
 
 
+async def test_what_a_wake_up_looks_at_is_nobodys() -> None:
+    """A backend's news are told in the reader's context, which the last datagram's was."""
+    backend = memory()
+    transport, protocol, client, _ = await pair(backend)
+    seen: list[object] = []
+    unsubscribe = backend.subscribe(lambda: seen.append(current_ptoken()))
+    for count in range(1, 20):
+        client.sendto(b"x")
+        await protocol.log.until("data", 2 * count - 1)
+        backend.mirror.bump()
+        client.sendto(b"y")
+        await until(lambda count=count: len(seen) >= count)
+        await protocol.log.until("data", 2 * count)
+    assert set(seen) == {None}
+    unsubscribe()
+    await close(transport, client)
+
+
 async def test_current_ptoken_of_a_connected_socket() -> None:
     backend = memory()
     transport, _, client, _ = await pair(backend)
