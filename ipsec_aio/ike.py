@@ -21,7 +21,8 @@ Rules:
 * What charon says of a child is true of the SAs that were there when it said so. An SPI may be used
   again, so :meth:`IKETable.told` says when it spoke of a child last, and :meth:`IKETable.asked`
   since when that was no old news.
-* Who an IKE SA's peer is was proved when it came up, and is handed on when it is rekeyed.
+* Who an IKE SA's peer is was proved when it came up, and is handed on when it is rekeyed. charon
+  lists IKE SAs before that as well, with what the peer has merely said of itself so far.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ EVENTS: Final = ("ike-updown", "ike-rekey", "ike-update", "child-updown", "child
 
 _MODES: Final = {"TRANSPORT": Mode.TRANSPORT, "TUNNEL": Mode.TUNNEL, "BEET": Mode.BEET}
 _PROTOS: Final = {"ESP": IPPROTO_ESP, "AH": IPPROTO_AH}
+# A peer can take a half-open IKE SA straight to DELETING: that state proves nothing.
+_ESTABLISHED: Final = frozenset({"ESTABLISHED", "PASSIVE", "REKEYING", "REKEYED"})
+# An id that admits several: a wildcard, ``%any``, an expression, a network or a range of addresses.
+_SEVERAL: Final = re.compile(r"\*|^[%^]|^[0-9A-Fa-f.:]+(/[0-9]+|-[0-9A-Fa-f.:]+)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +146,16 @@ class IKESA:
         """
         return self.remote_eap_id or self.remote_xauth_id or self.remote_id
 
+    @property
+    def established(self) -> bool:
+        """Whether the peer has proved who it is: before, its ids are what it claims."""
+        return self.state in _ESTABLISHED
+
+    @property
+    def ids(self) -> tuple[str, str, str, str]:
+        """All that is said of who is at its ends."""
+        return self.local_id, self.remote_id, self.remote_eap_id, self.remote_xauth_id
+
 
 @dataclass(frozen=True, slots=True)
 class AuthenticationRound:
@@ -155,6 +170,11 @@ class AuthenticationRound:
     certificates: tuple[str, ...] = ()
     authorities: tuple[str, ...] = ()
 
+    def is_for(self, peer_id: str) -> bool:
+        """Say whether it admits this identity, as charon prints it, and no other."""
+        # charon compares names without case.
+        return self.id.lower() == peer_id.lower() and bool(self.id) and not _SEVERAL.search(self.id)
+
 
 @dataclass(frozen=True, slots=True)
 class Connection:
@@ -166,24 +186,49 @@ class Connection:
     remote: tuple[AuthenticationRound, ...]
 
     @property
+    def naming(self) -> AuthenticationRound | None:
+        """The round in which a peer proved its identity of IKE itself: the last one does.
+
+        XAuth without an identity of its own does not: it may be one that asks for nothing.
+        """
+        rounds = [each for each in self.remote if each.kind != "XAuth"] or self.remote
+        return rounds[-1] if rounds else None
+
+    def weakness(self, peer_id: str, *, bare_keys: bool) -> AuthenticationMethod | None:
+        """Return how a peer may have chosen this identity of IKE for itself, None if in no way.
+
+        ``bare_keys``: charon may have public keys of peers without certificates. A pre-shared key
+        for more than one identity is a group's: any member can take the name of another.
+        """
+        naming = self.naming
+        if naming is None:
+            return AuthenticationMethod.GROUPKEY
+        if naming.is_for(peer_id) or naming.kind in ("EAP", "XAuth"):
+            return None
+        if naming.kind == "public key":
+            return AuthenticationMethod.BTNS if bare_keys and not naming.authorities else None
+        return AuthenticationMethod.GROUPKEY
+
+    @property
     def peer_method(self) -> AuthenticationMethod | None:
-        """How a peer of this connection proved its identity, as far as the connection tells.
+        """How a peer of this connection proved an identity that it did not choose for itself.
 
         None for several rounds, and for a public key that no CA has to vouch for: it might be a
-        bare one. A pre-shared key for whoever asks is a group's.
+        bare one.
         """
         if len(self.remote) != 1:
             return None
         (only,) = self.remote
-        if only.kind == "pre-shared key":
-            return (
-                AuthenticationMethod.PRESHAREDKEY
-                if only.id not in ("", "%any")
-                else AuthenticationMethod.GROUPKEY
-            )
         if only.kind == "public key" and only.authorities:
             return AuthenticationMethod.PKIX_INLINE
-        return {"EAP": AuthenticationMethod.EAP, "XAuth": AuthenticationMethod.XAUTH}.get(only.kind)
+        return _METHODS.get(only.kind)
+
+
+_METHODS: Final = {
+    "pre-shared key": AuthenticationMethod.PRESHAREDKEY,
+    "EAP": AuthenticationMethod.EAP,
+    "XAuth": AuthenticationMethod.XAUTH,
+}
 
 
 class Negotiated(NamedTuple):
@@ -411,7 +456,7 @@ class IKETable:
         self.epoch = 0
         """Changes with every change of what can be found."""
         self.arrivals = 0
-        """Changes when an IKE SA came to be known."""
+        """Changes when an IKE SA came to be known as established, or with other ids."""
         self.synced = False
         self.listed = -inf
         """When the last complete listing was asked for."""
@@ -655,7 +700,7 @@ class IKETable:
     ) -> None:
         """Put an IKE SA, and some of its children, in place of what is known of them."""
         before = self._sas.get(ike.unique_id)
-        if before is None or before.key != ike.key:
+        if ike.established and (before is None or _proved(before) != _proved(ike)):
             self.arrivals += 1
         self._sas[ike.unique_id] = ike
         for unique_id in self._of_ike[ike.key]:
@@ -699,6 +744,10 @@ class IKETable:
             for spi in _spis(entry.child):
                 self._of_spi.discard(spi, unique_id)
         return entry
+
+
+def _proved(ike: IKESA) -> tuple[object, ...]:
+    return ike.key, ike.established, ike.ids
 
 
 def _spis(child: ChildSA) -> set[int]:

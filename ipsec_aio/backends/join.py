@@ -200,34 +200,32 @@ class XfrmViciBackend(XfrmBackend):
                 await self._list_proofs()
 
     async def _judge(self) -> None:
-        """Judge IKE SAs until none is left that was not."""
-        while self._proofs.wants:
-            await self._list_proofs()
-            with self._lock:
-                self.identities_changed()
+        """Judge IKE SAs until none is left that was not, or nothing can be listed for now."""
+        while self._proofs.wants and await self._list_proofs():
+            pass
 
-    async def _list_proofs(self) -> None:
+    async def _list_proofs(self) -> bool:
+        """List what proofs rest on, and judge by it. Returns whether that could be done."""
         began = self.clock()
         try:
             async with asyncio.timeout(_PROOF_SECONDS):
                 connections = await self._connections()
                 signing = any(r.kind == "public key" for c in connections for r in c.remote)
-                certificates = await self._certificates() if signing else []
+                certificates = await self._certificates() if signing else None
         except (BackendError, CodecError, TimeoutError) as error:
             _log.warning("charon's configuration cannot be listed: %s", error)
             self._proofs.failed()
-            return
-        self._proofs.listed(connections, certificates, began, self.clock())
+            return False
+        if self._proofs.listed(connections, certificates, began, self.clock()):
+            with self._lock:
+                self.identities_changed()
+        return True
 
     async def _connections(self) -> list[Connection]:
         async with aclosing(self.client.stream("list-conns")) as messages:
             return [decode_connection(message) async for message in messages]
 
     async def _certificates(self) -> list[Listed]:
-        """List certificates: none where the package that reads them is missing."""
         async with aclosing(self.client.stream("list-certs")) as messages:
-            try:
-                listed = [decode_certificate(message) async for message in messages]
-            except ImportError:
-                return []
+            listed = [decode_certificate(message) async for message in messages]
         return [each for each in listed if each is not None]

@@ -16,7 +16,9 @@ from ipsec_aio.flow import Mark, pack_address
 from ipsec_aio.identity import AuthenticationMethod
 from ipsec_aio.ike import (
     EVENTS,
+    AuthenticationRound,
     ChildSA,
+    Connection,
     IKEKey,
     IKETable,
     decode_connection,
@@ -247,8 +249,6 @@ class TestConnections:
         ("rounds", "method"),
         [
             ([], None),
-            ([{"class": b"pre-shared key"}], AuthenticationMethod.GROUPKEY),
-            ([{"class": b"pre-shared key", "id": b"%any"}], AuthenticationMethod.GROUPKEY),
             ([{"class": b"pre-shared key", "id": b"a"}], AuthenticationMethod.PRESHAREDKEY),
             ([{"class": b"public key"}], None),
             ([{"class": b"public key", "certs": [b"CN=a"]}], None),
@@ -261,6 +261,64 @@ class TestConnections:
     def test_the_method_is_not_guessed(self, rounds, method):
         section = {f"remote-{n}": auth for n, auth in enumerate(rounds, 1)}
         assert decode_connection({"conn": {"remote_addrs": [], **section}}).peer_method is method
+
+    @pytest.mark.parametrize(
+        ("admitted", "peer", "alone"),
+        [
+            ("a.example", "a.example", True),
+            ("A.example", "a.Example", True),
+            ("192.0.2.1", "192.0.2.1", True),
+            ("2001:db8::1", "2001:db8::1", True),
+            ("C=CH, CN=a/b-c", "C=CH, CN=a/b-c", True),
+            ("a.example", "b.example", False),
+            ("", "", False),
+            ("", "a.example", False),
+            ("%any", "%any", False),
+            ("%any6", "a.example", False),
+            ("*", "*", False),
+            ("*.example", "a.example", False),
+            ("*.example", "*.example", False),
+            ("*@example", "*@example", False),
+            ("C=CH, CN=*", "C=CH, CN=*", False),
+            ("^a.*$", "^a.*$", False),
+            ("192.0.2.0/24", "192.0.2.0/24", False),
+            ("2001:db8::/32", "2001:db8::/32", False),
+            ("192.0.2.1-192.0.2.9", "192.0.2.1-192.0.2.9", False),
+        ],
+    )
+    def test_for_whom_a_round_is(self, admitted, peer, alone):
+        assert AuthenticationRound("pre-shared key", admitted).is_for(peer) is alone
+
+    @pytest.mark.parametrize(
+        ("rounds", "weakness"),
+        [
+            ([], AuthenticationMethod.GROUPKEY),
+            ([("", "")], AuthenticationMethod.GROUPKEY),
+            ([("any", "")], AuthenticationMethod.GROUPKEY),
+            ([("any", "a")], None),
+            ([("pre-shared key", "")], AuthenticationMethod.GROUPKEY),
+            ([("pre-shared key", "b")], AuthenticationMethod.GROUPKEY),
+            ([("pre-shared key", "a")], None),
+            ([("public key", "a")], None),
+            ([("public key", "")], AuthenticationMethod.BTNS),
+            ([("EAP", "")], None),
+            ([("XAuth", "")], None),
+            ([("pre-shared key", ""), ("XAuth", "")], AuthenticationMethod.GROUPKEY),
+            ([("pre-shared key", "a"), ("XAuth", "")], None),
+            ([("pre-shared key", ""), ("EAP", "")], None),
+            ([("EAP", ""), ("pre-shared key", "")], AuthenticationMethod.GROUPKEY),
+        ],
+    )
+    def test_how_a_peer_may_have_chosen_its_name(self, rounds, weakness):
+        remote = tuple(AuthenticationRound(kind, name) for kind, name in rounds)
+        connection = Connection("conn", "IKEv2", (), remote)
+        assert connection.weakness("a", bare_keys=True) is weakness
+        if weakness is AuthenticationMethod.BTNS:
+            assert connection.weakness("a", bare_keys=False) is None
+
+    def test_an_authority_vouches_for_no_bare_key(self):
+        remote = (AuthenticationRound("public key", authorities=("CN=a",)),)
+        assert Connection("conn", "IKEv2", (), remote).weakness("a", bare_keys=True) is None
 
     @pytest.mark.parametrize(
         "section", [{"remote-1": b""}, {"remote-1": {"certs": b""}}, {"version": []}]
@@ -722,3 +780,24 @@ class TestOrigins:
         assert table.arrivals == count
         table.apply("ike-updown", up(ike(2)), 5.0)
         assert table.arrivals != count
+
+    @pytest.mark.parametrize("state", ["CREATED", "CONNECTING", "DELETING", "DESTROYING", "NEW"])
+    def test_who_has_proved_nothing_has_not_arrived(self, state):
+        table = synced()
+        count = table.arrivals
+        table.begin_resync()
+        table.load(sa(ike(1, state, remote_id=b"%any")))
+        table.finish_resync(5.0)
+        assert table.arrivals == count
+        assert not table.sas()[0].established
+
+    @pytest.mark.parametrize("state", ["ESTABLISHED", "REKEYING", "REKEYED", "PASSIVE"])
+    def test_it_arrives_when_it_is_established(self, state):
+        table = synced(sa(ike(1, "CONNECTING")))
+        count = table.arrivals
+        table.refresh(sa(ike(1, state)), 5.0)
+        assert table.arrivals == count + 1
+        table.refresh(sa(ike(1, state)), 6.0)
+        assert table.arrivals == count + 1
+        table.refresh(sa(ike(1, state, remote_eap_id=b"alice")), 7.0)
+        assert table.arrivals == count + 2, "with another name it is told again"

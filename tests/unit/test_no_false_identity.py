@@ -1,9 +1,10 @@
 """Tokens and their peers against a kernel and a keying daemon that are played.
 
-All peers are behind one address, with one reqid and one algorithm. Packets wait in the socket's
-queue and the daemon's word in its socket, though not as long as removed SAs are remembered; SPIs
-are used again; both ends are lost and come back. No token may name another than who sent its
-packets, and none may change its mind.
+All peers are behind one address, with one reqid and one algorithm. Each calls itself in IKE by a
+name of its choice, and proves its own by EAP some time later. Packets wait in the socket's queue
+and the daemon's word in its socket, though not as long as removed SAs are remembered; SPIs are used
+again; both ends are lost and come back. No token may name another than who sent its packets, and
+none may change its mind.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from sas import esp, seen
 from test_ike import LOCAL, PEER, child, ike, sa, up
 
 from ipsec_aio.events import SAAdded, SADeleted
-from ipsec_aio.identities import UNIDENTIFIED, Identities
+from ipsec_aio.identities import UNIDENTIFIED
 from ipsec_aio.identity import IToken
-from ipsec_aio.ike import IKETable
+from ipsec_aio.ike import AuthenticationRound, Connection, IKETable
 from ipsec_aio.join import Join
 from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
+from ipsec_aio.proofs import Proofs
 from ipsec_aio.sa import SA
 from ipsec_aio.tokens import PToken, Resolver
 
 SPIS = st.integers(0x1001, 0x1004)
 NAMES = st.sampled_from(["alice", "bob", "carol"])
 TICK = 0.001
+CONNECTIONS = [Connection("conn", "IKEv2", (), (AuthenticationRound("EAP"),))]
 
 
 @dataclass(eq=False)
@@ -49,12 +52,18 @@ class IKE:
 
     number: int
     spi: int
-    peer: str
+    claim: str
+    peer: str | None = None
     children: list[Child] = field(default_factory=list)
 
     @property
     def section(self):
-        return ike(self.number, spi=self.spi, remote_id=self.peer.encode())
+        claim = self.claim.encode()
+        if self.peer is None:
+            return ike(self.number, "CONNECTING", spi=self.spi, remote_id=claim)
+        # What EAP proved is not said where it is the same.
+        proved = {} if self.peer == self.claim else {"remote_eap_id": self.peer.encode()}
+        return ike(self.number, spi=self.spi, remote_id=claim, **proved)
 
 
 @dataclass(eq=False)
@@ -75,13 +84,15 @@ class Peers(RuleBasedStateMachine):
         self.events: list = []
         self.queue: list = []
         self.ikes: list[IKE] = []
+        self.owners: dict[int, IKE] = {}  # by SPI of IKE
         self.words: list = []
         self.there = True
         self.sent: list[Sent] = []
-        self.slow: set[str] = set()
+        self.slow = False
         self.mirror = Mirror()
         self.table = IKETable()
-        self.join = Join(self.mirror, self.table, self.ends)
+        self.proofs = Proofs(self.table)
+        self.join = Join(self.mirror, self.table, self.proofs.ends)
         self.resolver = Resolver(self.mirror, lambda: self.now)
         self.resolver.generation = 1
         self.resolver.identified = True
@@ -96,10 +107,6 @@ class Peers(RuleBasedStateMachine):
         self.drain()
         return True
 
-    def ends(self, ike_sa):
-        name = ike_sa.peer_id
-        return None if name in self.slow else Identities(None, IToken.named(name))
-
     def drain(self) -> None:
         for event in self.events:
             self.mirror.apply(event, self.now)
@@ -111,7 +118,13 @@ class Peers(RuleBasedStateMachine):
         self.drain()
         return self.now
 
+    def judge(self) -> None:
+        began = self.moment()
+        self.proofs.listed(CONNECTIONS, None, began, self.moment())
+
     def changed(self) -> None:
+        if self.there and not self.slow and self.proofs.wants:
+            self.judge()
         self.mirror.bump()
         self.resolver.settle_all()
         again, everything = set(self.join.doubtful), self.join.wanting
@@ -187,18 +200,42 @@ class Peers(RuleBasedStateMachine):
         if self.there:
             self.words.append((name, message, self.now))
 
-    @rule(name=NAMES)
-    def connect(self, name):
-        number = self.number()
-        self.ikes.append(IKE(number, self.ike_spi(), name))
-        self.say("ike-updown", up(self.ikes[-1].section))
+    @property
+    def established(self) -> list[IKE]:
+        return [each for each in self.ikes if each.peer is not None]
 
-    @precondition(lambda self: self.ikes)
+    def begun(self, claim, name=None) -> IKE:
+        new = IKE(self.number(), self.ike_spi(), claim, name)
+        self.ikes.append(new)
+        self.owners[new.spi] = new
+        return new
+
+    @rule(claim=NAMES)
+    def begin(self, claim):
+        self.begun(claim)
+
+    @precondition(lambda self: len(self.established) < len(self.ikes))
+    @rule(data=st.data(), name=NAMES, spi=SPIS)
+    def establish(self, data, name, spi):
+        begun = data.draw(st.sampled_from([each for each in self.ikes if each.peer is None]))
+        begun.peer = name
+        self.say("ike-updown", up(begun.section))
+        self.install(begun, spi)
+
+    @rule(claim=NAMES, name=NAMES, spi=SPIS)
+    def connect(self, claim, name, spi):
+        new = self.begun(claim, name)
+        self.say("ike-updown", up(new.section))
+        self.install(new, spi)
+
+    @precondition(lambda self: self.established)
     @rule(data=st.data(), spi=SPIS)
-    def install(self, data, spi):
+    def add_a_child(self, data, spi):
+        self.install(data.draw(st.sampled_from(self.established)), spi)
+
+    def install(self, parent, spi):
         if spi in self.kernel:
             return
-        parent = data.draw(st.sampled_from(self.ikes))
         new = Child(self.number(), self.put(spi, parent.peer))
         parent.children.append(new)
         self.say("child-updown", up(parent.section, new.section))
@@ -236,11 +273,12 @@ class Peers(RuleBasedStateMachine):
         self.say("ike-updown", sa(parent.section))
         self.say("child-updown", sa(parent.section, *(c.section for c in parent.children)))
 
-    @precondition(lambda self: self.ikes)
+    @precondition(lambda self: self.established)
     @rule(data=st.data())
     def rekey_ike(self, data):
-        parent = data.draw(st.sampled_from(self.ikes))
+        parent = data.draw(st.sampled_from(self.established))
         old, parent.number, parent.spi = parent.section, self.number(), self.ike_spi()
+        self.owners[parent.spi] = parent
         self.say("ike-rekey", {"conn": {"old": old, "new": parent.section}})
 
     @rule(flush=st.booleans())
@@ -276,10 +314,18 @@ class Peers(RuleBasedStateMachine):
                 self.list_again(number)
             self.changed()
 
-    @rule(name=NAMES)
-    def judge_slowly(self, name):
-        self.slow ^= {name}
+    @rule()
+    def judge_slowly(self):
+        self.slow = not self.slow
         self.changed()
+
+    @precondition(lambda self: self.there)
+    @rule()
+    def look_again(self):
+        self.list_all()
+        if not self.slow:
+            self.judge()
+            self.changed()
 
     # Packets
 
@@ -331,8 +377,16 @@ class Peers(RuleBasedStateMachine):
             peer = each.token.peer
             if peer is not None:
                 each.named.add(peer)
-            assert not each.named or each.named == {IToken.named(str(each.peer))}
+            assert {str(peer) for peer in each.named} <= {str(each.peer)}
+            assert len(each.named) <= 1, "how it was proved is told once"
             assert peer is not None or not each.named, "it was named and is not any more"
+
+    @invariant()
+    def nobody_is_who_he_did_not_prove_to_be(self):
+        for each in self.table.sas():
+            ends = self.proofs.ends(each)
+            if ends is not None and ends.peer is not None:
+                assert str(ends.peer) == self.owners[each.initiator_spi].peer
 
     @invariant()
     def a_channel_is_one_token(self):

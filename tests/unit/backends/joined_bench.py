@@ -25,7 +25,8 @@ class Charon(FakeCharon):
         super().__init__(path)
         self.known |= set(EVENTS)
         self.ikes: dict[int, Message] = {}
-        self.list("conns")
+        # Whoever a peer is, some CA says so.
+        self.list_conn({"class": b"public key", "cacerts": [b"CN=ca"]})
         self.list("certs")
         self.list_sas()
 
@@ -33,6 +34,10 @@ class Charon(FakeCharon):
         event = f"list-{what[:-1]}"
         packets = [Packet(PacketType.EVENT, event, message) for message in messages]
         self.answers[f"list-{what}"] = Packet(PacketType.CMD_RESPONSE), packets
+
+    def list_conn(self, remote: Message) -> None:
+        """Have one connection, ``net``, under which peers prove themselves like this."""
+        self.list("conns", {"net": {"version": b"IKEv2", "remote-1": remote}})
 
     def list_sas(self) -> None:
         self.list("sas", *self.ikes.values())

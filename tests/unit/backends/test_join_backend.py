@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import sys
 
 import pytest
 import xfrm_messages as m
@@ -120,9 +121,18 @@ class TestJoining(Arrivals):
         his = await self._arrive(bench, 0x1001)
         assert (str(hers.peer), str(his.peer)) == (ALICE, BOB)
 
+    async def nobody(self, bench, charon, spi=0x1001):
+        """An SA of alice's, of whom nothing is told."""
+        await self._sa(bench, spi)
+        charon.comes(charon.ike(ALICE, number=spi), charon.child(spi))
+        table = bench.backend.watcher.table
+        await until(bench.backend, lambda: any(each.unique_id == spi for each in table.sas()))
+        token = await self._arrive(bench, spi)
+        assert token.pending
+        return token
+
     async def test_how_it_was_proved(self, bench, charon):
-        remote = {"id": ALICE.encode(), "class": b"pre-shared key"}
-        charon.list("conns", {"net": {"version": b"IKEv2", "remote-1": remote}})
+        charon.list_conn({"id": ALICE.encode(), "class": b"pre-shared key"})
         await bench.backend._list_proofs()
         await self.of(bench, ALICE)
         peer = (await self._arrive(bench, 0x1001)).peer
@@ -132,31 +142,67 @@ class TestJoining(Arrivals):
         bench.backend._unproved.set()
         monkeypatch.setattr(module, "_PROOF_INTERVAL", 0.001)
         charon.asked.clear()
-        charon.list("conns", {"net": {"remote-1": {"class": b"public key"}}})
+        charon.list_conn({"class": b"public key"})
         async with asyncio.timeout(10):
             await charon.until(
                 lambda: {"list-conns", "list-certs"} <= {p.name for p in charon.asked}
             )
 
-    async def test_what_is_not_proved_is_told_without(self, bench, charon, caplog):
+    async def test_before_anything_is_proved(self, bench, charon):
+        """charon lists who is still proving who he is, with the name that he chose."""
+        charon.list_conn({"class": b"EAP", "eap_id": b"%any"})
+        claim = charon.ike("admin.example.org", state="CONNECTING")
+        charon.ikes[1] = claim
+        charon.list_sas()
+        backend, table = bench.backend, bench.backend.watcher.table
+        backend.watcher.look_again()
+        await until(backend, lambda: table.synced and table.sas())
+        await backend._list_proofs()
+        await self._sa(bench, 0x1001)
+        # As if it was charon's already: no name is told before it is proved.
+        claim["net"]["child-sas"] = {"net-1": charon.child(0x1001)}
+        backend.watcher.look_again()
+        await until(backend, lambda: table.synced and table.children(table.sas()[0]))
+        await backend._list_proofs()
+        token = await self._arrive(bench, 0x1001)
+        assert token.pending
+        del charon.ikes[1]
+        proved = charon.ike("admin.example.org", remote_eap_id=ALICE)
+        charon.comes(proved, charon.child(0x1001))
+        assert str((await token.resolved(5)).peer) == ALICE
+        assert token.peer.authentication_method is AuthenticationMethod.EAP
+
+    async def test_a_configuration_that_cannot_be_read_yet(
+        self, bench, charon, caplog, monkeypatch
+    ):
+        monkeypatch.setattr(module, "_PROOF_INTERVAL", 0.01)
         charon.list("conns", {"net": {}, "more": {}})
-        await self.of(bench, ALICE)
-        peer = (await self._arrive(bench, 0x1001)).peer
-        assert peer.authentication_method is None
+        charon.asked.clear()
+        token = await self.nobody(bench, charon)
+        async with asyncio.timeout(10):
+            await charon.until(lambda: [p.name for p in charon.asked].count("list-conns") > 1)
         assert "configuration cannot be listed" in caplog.text
+        assert bench.backend._proofs.wants
+        charon.list_conn({"class": b"public key"})
+        assert str((await token.resolved(5)).peer) == ALICE, "it was asked again"
+        assert token.peer.authentication_method is None
 
     async def test_a_charon_that_keeps_silent_of_it(self, bench, charon, monkeypatch):
         monkeypatch.setattr(module, "_PROOF_SECONDS", 0.01)
         charon.answers["list-conns"] = None
-        await self.of(bench, ALICE)
-        assert (await self._arrive(bench, 0x1001)).peer is not None
+        token = await self.nobody(bench, charon)
+        await bench.pass_time(3)
+        assert not token.pending
+        assert token.peer is None
+
+    async def test_a_connection_that_charon_does_not_list(self, bench, charon):
+        charon.list("conns")
+        token = await self.nobody(bench, charon)
+        await until(bench.backend, lambda: not token.pending)
+        assert token.peer is None
 
     async def test_certificates_without_their_package(self, bench, charon, monkeypatch):
-        def missing(message):
-            raise ImportError("cryptography")
-
-        monkeypatch.setattr(module, "decode_certificate", missing)
-        charon.list("conns", {"net": {"remote-1": {"class": b"public key"}}})
+        monkeypatch.setitem(sys.modules, "cryptography", None)
         charon.list("certs", {"type": b"X509", "data": b"x"})
         await self.of(bench, ALICE)
         assert str((await self._arrive(bench, 0x1001)).peer) == ALICE
