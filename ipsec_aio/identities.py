@@ -3,6 +3,8 @@
 Rules:
 
 * Identities belong to an SA, never to its group: two peers may have SAs that look alike.
+* Who asks says whether the SA leads in or out: kernels before 6.10 do not tell, and between two
+  addresses of one host it does both.
 * Where several SAs may have carried a packet, an end is known only if all of them agree.
 * What may yet come to be known is awaited until a moment that was fixed when the SA came. From
   then on it counts as not known.
@@ -11,14 +13,17 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from .enums import Direction
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     from .identity import IToken
+    from .sad import Record
 
-__all__ = ["UNIDENTIFIED", "Answer", "Awaited", "Identities", "agreed"]
+__all__ = ["UNIDENTIFIED", "Answer", "Awaited", "Identify", "Identities", "agreed"]
 
 
 class Identities(NamedTuple):
@@ -39,6 +44,14 @@ UNIDENTIFIED: Final = Identities()
 
 Answer: TypeAlias = "Identities | Awaited"
 """What is known of an SA's ends, for good or for now."""
+
+
+class Identify(Protocol):
+    """Tells who is at the ends of an SA that leads in, or out, at a time."""
+
+    def __call__(
+        self, record: Record, now: float, direction: Direction = Direction.IN, /
+    ) -> Answer: ...
 
 
 def agreed(answers: Iterable[Answer]) -> Answer:

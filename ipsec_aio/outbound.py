@@ -118,7 +118,7 @@ def _lacks(resolver: Resolver, bundle: Bundle, group: Group, flow: Flow, wanted:
             return f"it might be sent under {sa}, not {group}"
         if sa.mode in TUNNELS and (sa.source, sa.destination) != (group.destination, group.source):
             return f"it might be sent to another gateway, under {sa}"
-        answer = resolver.identify(record, now)
+        answer = resolver.identify(record, now, Direction.OUT)
         known = answer if isinstance(answer, Identities) else UNIDENTIFIED
         for want, have in zip(wanted, known, strict=True):
             if want is not None and have != want:

@@ -46,8 +46,8 @@ def survey(resolver: Resolver, evidence: Evidence) -> Outlook:
     block = PolicyAction.BLOCK
     awaited = [now]
     return Outlook(
-        inbound=tuple(_seen(resolver, _inbound(resolver, there), awaited)),
-        outbound=tuple(_seen(resolver, _outbound(resolver, back), awaited)),
+        inbound=tuple(_seen(resolver, _inbound(resolver, there), Direction.IN, awaited)),
+        outbound=tuple(_seen(resolver, _outbound(resolver, back), Direction.OUT, awaited)),
         policies_in=policies_in,
         policies_out=policies_out,
         blocked_in=not policies_in and mirror.defaults.inbound is block,
@@ -100,10 +100,10 @@ def _outbound(resolver: Resolver, flow: Flow) -> Iterator[Record]:
 
 
 def _seen(
-    resolver: Resolver, records: Iterable[Record], awaited: list[float]
+    resolver: Resolver, records: Iterable[Record], direction: Direction, awaited: list[float]
 ) -> Iterator[Sighting]:
     for record in dict.fromkeys(records):
-        answer = resolver.identify(record, awaited[0])
+        answer = resolver.identify(record, awaited[0], direction)
         if isinstance(answer, Awaited):
             awaited.append(answer.until)
             yield Sighting(record.sa, record.added, pending=True)

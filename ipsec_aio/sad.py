@@ -31,10 +31,10 @@ class Record:
     ``added`` and ``buried`` are the times of its arrival and removal (infinity: it lives).
     ``alone``: when it was added, no other SA with its number was known, nor could have been missed.
     ``protection`` is room for what is derived from the SA, ``identities`` for what was said of
-    its ends.
+    its ends, ``leaves`` for whether that was said of an SA that leads out.
     """
 
-    __slots__ = ("added", "alone", "buried", "identities", "protection", "sa")
+    __slots__ = ("added", "alone", "buried", "identities", "leaves", "protection", "sa")
 
     def __init__(self, sa: SA, added: float, *, alone: bool = False) -> None:
         self.sa = sa
@@ -43,6 +43,7 @@ class Record:
         self.buried = inf
         self.protection: object | None = None
         self.identities: Identities | None = None
+        self.leaves = False
 
 
 # Mostly there is one: a table of its own for each would be most of the memory.
@@ -243,7 +244,7 @@ def _tally(counts: dict[_K, int], what: _K, step: int) -> None:
 class SAD(Index):
     """The living SAs."""
 
-    __slots__ = ("_compressing", "_bound", "_crowded", "_marked", "_set_marks", "_size")
+    __slots__ = ("_bound", "_compressing", "_crowded", "_marked", "_set_marks", "_size")
 
     def __init__(self) -> None:
         super().__init__()

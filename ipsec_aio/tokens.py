@@ -27,10 +27,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn, final
 from weakref import WeakSet, WeakValueDictionary
 
-from .enums import Assurance
+from .enums import Assurance, Direction
 from .errors import StaleTokenError, TokenError
 from .flow import format_address
-from .identities import UNIDENTIFIED, Answer, Awaited, Identities, agreed
+from .identities import UNIDENTIFIED, Answer, Awaited, Identify, Identities, agreed
 from .protection import Group, Verdict, group_of, unknown
 from .truth import MISSING, Finding, TruthTable
 
@@ -377,7 +377,7 @@ class Resolver(TruthTable):
         self.closed = False
         self.wait: Callable[[PToken, float | None], Awaitable[None]] = _no_wait
         self.settled: Callable[[PToken], None] = _ignore
-        self.identify: Callable[[Record, float], Answer] = _nobody
+        self.identify: Identify = _nobody
         self.lock: AbstractContextManager[object] = nullcontext()
         self._forks = _forks
         self._interned: WeakValueDictionary[tuple[object, ...], PToken] = WeakValueDictionary()
@@ -559,8 +559,8 @@ def _channel(
     return evidence.local, evidence.peer, verdict, identities
 
 
-def _nobody(record: Record, now: float) -> Answer:
-    del record, now
+def _nobody(record: Record, now: float, direction: Direction = Direction.IN) -> Answer:
+    del record, now, direction
     return UNIDENTIFIED
 
 

@@ -17,6 +17,7 @@ import socket
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Final
 
+from ipsec_aio.enums import Direction
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
 from ipsec_aio.events import SAAdded
 from ipsec_aio.ike import decode_connection
@@ -28,11 +29,16 @@ from .vici import DEFAULT_ADDRESS, ViciClient
 from .xfrm import XfrmBackend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ipsec_aio.errors import ProtectionError
     from ipsec_aio.events import Event
     from ipsec_aio.evidence import Evidence
+    from ipsec_aio.flow import Flow
     from ipsec_aio.identities import Answer
     from ipsec_aio.ike import Connection
     from ipsec_aio.kernel.netlink import SocketFactory
+    from ipsec_aio.latch import Outlook
     from ipsec_aio.sad import Record
     from ipsec_aio.tokens import PToken
 
@@ -125,13 +131,15 @@ class XfrmViciBackend(XfrmBackend):
 
     # Identities
 
-    def identities_of(self, record: Record, now: float) -> Answer:
+    def identities_of(
+        self, record: Record, now: float, direction: Direction = Direction.IN
+    ) -> Answer:
         """Return who negotiated an SA, or until when charon may tell."""
-        return self._join.identities_of(record, now)
+        return self._join.identities_of(record, now, direction)
 
-    def keyed_by_hand(self, record: Record) -> bool:
+    def keyed_by_hand(self, record: Record, direction: Direction = Direction.IN) -> bool:
         """Whether an SA is certainly none of charon's."""
-        return self._join.keyed_by_hand(record)
+        return self._join.keyed_by_hand(record, direction)
 
     def _moment(self) -> float:
         """Take in what the kernel told before charon spoke, and return the time."""
@@ -154,6 +162,18 @@ class XfrmViciBackend(XfrmBackend):
         self._ask()
         return token
 
+    def outlook(self, evidence: Evidence) -> Outlook:
+        """Return what may protect a connection from now on, by its addresses and ports."""
+        outlook = super().outlook(evidence)
+        self._ask()
+        return outlook
+
+    def sends_like(self, ptoken: PToken, flow: Flow) -> ProtectionError | None:
+        """Return None where an outbound flow would be protected as a token says."""
+        refusal = super().sends_like(ptoken, flow)
+        self._ask()
+        return refusal
+
     def _ask(self) -> None:
         """Have charon say again what may have been said of another SA, and what it did not say."""
         doubtful = self._join.doubtful
@@ -161,13 +181,24 @@ class XfrmViciBackend(XfrmBackend):
             again = tuple(doubtful)
             doubtful.clear()
             self.watcher.look_again(*again)
-        if self._join.wanting and self._listing is None and not self.closed:
+        if self._join.unlisted and self._listing is None:
+            self._list_later(self._list_unlisted)
+
+    def _list_later(self, listing: Callable[[], None]) -> None:
+        if self._listing is not None:
+            self._listing.cancel()
+        if not self.closed:
             loop = asyncio.get_running_loop()
-            self._listing = loop.call_later(LISTED_SECONDS + 0.01, self._list_all)
+            self._listing = loop.call_later(LISTED_SECONDS + 0.01, listing)
+
+    def _list_unlisted(self) -> None:
+        self._listing = None
+        if self._join.wants_listing():
+            self.watcher.look_again()
 
     def _list_all(self) -> None:
         self._listing = None
-        self._join.wanting = False
+        self._join.unlisted.clear()
         self.watcher.look_again()
 
     def _take_event(self, event: Event) -> None:
@@ -182,8 +213,7 @@ class XfrmViciBackend(XfrmBackend):
         await super()._load()
         self.watcher.look_again()
         # Once more after a while, for those that are none of charon's.
-        self._join.wanting = True
-        self._ask()
+        self._list_later(self._list_all)
 
     # Proofs
 

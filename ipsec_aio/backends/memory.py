@@ -531,8 +531,11 @@ class MemoryBackend(TableBackend):
             self.mirror.apply(SAAdded(sa), self.clock())
         return True
 
-    def identities_of(self, record: Record, now: float) -> Answer:
+    def identities_of(
+        self, record: Record, now: float, direction: Direction = Direction.IN
+    ) -> Answer:
         """Return what was declared of an SA, or will be."""
+        del direction
         ends = self._ends.get(id(record.sa), record.identities or UNIDENTIFIED)
         if ends is not None:
             return ends

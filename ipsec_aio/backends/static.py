@@ -2,8 +2,10 @@
 
 Rules:
 
-* An entry is for the SAs that have all that it names. Where several entries are for one SA and do
-  not say the same, nobody is known.
+* An entry is for the SAs that have all that it names, and for those that lead back between the same
+  addresses: local and peer are the same ends. Where several entries are for one SA and do not say
+  the same, nobody is known.
+* Only an SA that leads out leads back: nothing follows for what comes in.
 * Who negotiates SAs knows better: an SA that a keying daemon knows, or might, is not one of these.
 """
 
@@ -12,9 +14,11 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ipsec_aio.enums import Direction
 from ipsec_aio.flow import pack_address
 from ipsec_aio.identities import UNIDENTIFIED, Identities, agreed
 from ipsec_aio.identity import IToken
@@ -47,7 +51,8 @@ class StaticIdentities:
 
     ``[[identity]]`` tables have ``peer``, ``local`` or both, text for :meth:`IToken.named`, and at
     least one of ``spi``, ``proto`` (``"esp"``, ``"ah"``, a number), ``src``, ``dst`` (the SA's
-    outer addresses, so the peer's and one's own for what comes in), ``reqid`` and ``if_id``.
+    outer addresses, so the peer's and one's own for what comes in), ``reqid`` and ``if_id``. It is
+    for the SAs that lead back as well, where it names no ``spi`` or they have that, too.
     """
 
     def __init__(self) -> None:
@@ -104,13 +109,17 @@ class StaticIdentities:
         first = next(field for field in _FIELDS if field in wanted)
         self._entries.setdefault((first, wanted[first]), []).append(entry)
 
-    def find(self, sa: SA) -> Identities:
-        """Return who is at the ends of an SA."""
+    def find(self, sa: SA, direction: Direction = Direction.IN) -> Identities:
+        """Return who is at the ends of an SA that leads in, or out."""
+        sas = [sa]
+        if direction is Direction.OUT:
+            sas.append(replace(sa, source=sa.destination, destination=sa.source))
         answer = agreed(
             entry.ends
+            for each in sas
             for field in _FIELDS
-            for entry in self._entries.get((field, getattr(sa, field)), ())
-            if entry.fits(sa)
+            for entry in self._entries.get((field, getattr(each, field)), ())
+            if entry.fits(each)
         )
         return answer if isinstance(answer, Identities) else UNIDENTIFIED
 

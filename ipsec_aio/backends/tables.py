@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ipsec_aio import enforcement, outbound
+from ipsec_aio.enums import Direction
 from ipsec_aio.errors import BackendUnavailable, ProtectionError
 from ipsec_aio.identities import UNIDENTIFIED
 from ipsec_aio.mirror import Mirror
@@ -21,7 +22,6 @@ from .contract import Backend
 
 if TYPE_CHECKING:
     from ipsec_aio.enforcement import Bundle
-    from ipsec_aio.enums import Direction
     from ipsec_aio.events import Event
     from ipsec_aio.evidence import Evidence
     from ipsec_aio.flow import Flow
@@ -148,18 +148,21 @@ class TableBackend(Backend):
                 self.mirror.bump()
                 self.changed()
 
-    def identities_of(self, record: Record, now: float) -> Answer:
-        """Return who is at the ends of an SA, or until when that may come to be known.
+    def identities_of(
+        self, record: Record, now: float, direction: Direction = Direction.IN
+    ) -> Answer:
+        """Return who is at the ends of an SA that leads in, or out, or until when that may come to
+        be known.
 
         Called while a token is resolved or read. Who overrides it sets ``resolver.identified``,
         and calls :meth:`identities_changed` when an answer may have become another.
         """
-        del record, now
+        del record, now, direction
         return UNIDENTIFIED
 
-    def keyed_by_hand(self, record: Record) -> bool:
+    def keyed_by_hand(self, record: Record, direction: Direction = Direction.IN) -> bool:
         """Whether an SA of which :meth:`identities_of` knows nobody is certainly not negotiated."""
-        del record
+        del record, direction
         return True
 
     def use_identities(self, static: StaticIdentities) -> None:
@@ -183,10 +186,11 @@ class TableBackend(Backend):
         :meth:`take` and :meth:`changed` for later.
         """
 
-    def _identify(self, record: Record, now: float) -> Answer:
-        answer = self.identities_of(record, now)
-        if answer == UNIDENTIFIED and self._static is not None and self.keyed_by_hand(record):
-            return self._static.find(record.sa)
+    def _identify(self, record: Record, now: float, direction: Direction = Direction.IN) -> Answer:
+        answer = self.identities_of(record, now, direction)
+        static = self._static
+        if answer == UNIDENTIFIED and static is not None and self.keyed_by_hand(record, direction):
+            return static.find(record.sa, direction)
         return answer
 
     # The contract

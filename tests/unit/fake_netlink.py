@@ -53,9 +53,9 @@ XFRM_GROUPS = {
 }
 # RTNLGRP_*, by address family where there is one for each.
 ROUTE_GROUPS: dict[int, dict[int, int]] = {
-    **dict.fromkeys((16, 17), {socket.AF_UNSPEC: 1, socket.AF_BRIDGE: 1}),
-    **dict.fromkeys((20, 21), {socket.AF_INET: 5, socket.AF_INET6: 9}),
-    **dict.fromkeys((32, 33), {socket.AF_INET: 8, socket.AF_INET6: 19}),
+    **{kind: {socket.AF_UNSPEC: 1, socket.AF_BRIDGE: 1} for kind in (16, 17)},
+    **{kind: {socket.AF_INET: 5, socket.AF_INET6: 9} for kind in (20, 21)},
+    **{kind: {socket.AF_INET: 8, socket.AF_INET6: 19} for kind in (32, 33)},
 }
 
 

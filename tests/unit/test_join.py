@@ -63,8 +63,12 @@ class Bench:
             self.table.load(message)
         self.table.finish_resync(self.now)
 
-    def ask(self, record):
-        return self.join.identities_of(record, self.now)
+    def ask(self, record, direction=Direction.IN):
+        return self.join.identities_of(record, self.now, direction)
+
+    def whose(self, record):
+        """Of an SA that leads out."""
+        return self.ask(record, Direction.OUT)
 
 
 def test_charon_reports_what_it_installed():
@@ -295,16 +299,16 @@ def test_what_charon_does_not_list_after_a_while_is_not_waited_for(reqids):
     bench, _ = reqids
     record = bench.add(of(0x9998))
     assert isinstance(bench.ask(record), Awaited)
-    assert bench.join.wanting
+    assert bench.join.wants_listing()
     bench.list_again(*LISTED)
     assert isinstance(bench.ask(record), Awaited), "it may be about to"
     assert not bench.join.keyed_by_hand(record)
     bench.now += LISTED_SECONDS
     bench.list_again(*LISTED)
-    bench.join.wanting = False
+    assert not bench.join.wants_listing()
     assert bench.ask(record) == UNIDENTIFIED
     assert bench.join.keyed_by_hand(record)
-    assert not bench.join.wanting
+    assert not bench.join.unlisted
 
 
 def test_a_reqid_names_a_peer_if_it_is_his_alone(reqids):
@@ -369,7 +373,7 @@ def test_tombstones_outlive_no_word_of_charon():
 
 
 def test_what_is_doubted_is_remembered_within_bounds(monkeypatch):
-    monkeypatch.setattr("ipsec_aio.join._DOUBTED", 1)
+    monkeypatch.setattr("ipsec_aio.join._REMEMBERED", 1)
     bench = Bench()
     for spi in (SPI, SPI + 1):
         bench.remove(bench.add(of(spi)).sa)
@@ -380,3 +384,201 @@ def test_what_is_doubted_is_remembered_within_bounds(monkeypatch):
         bench.ask(bench.mirror.sad.get(of(spi).key))
     assert bench.join.doubtful == {1, 2}
     assert len(bench.join._doubted) == 1
+
+
+# What leads out
+
+
+def back(spi=0x2001, source=LOCAL, destination=PEER, **fields):
+    """The SA of the other direction: child 1 has this number outwards."""
+    return esp(spi, source, destination, **fields)
+
+
+@pytest.mark.parametrize("direction", [None, Direction.OUT])
+def test_the_sa_that_leads_back_is_the_same_peer_s(direction):
+    bench = Bench()
+    record = bench.add(back(direction=direction))
+    assert bench.whose(record) == Awaited(record.added + PENDING_SECONDS)
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.whose(record) == ALICE
+    bench.list_again()
+    bench.now += 100
+    assert bench.whose(record) == ALICE, "what is known stays"
+
+
+def test_an_sa_is_asked_for_in_one_direction():
+    bench = Bench()
+    into, out = bench.add(of(direction=Direction.IN)), bench.add(back(direction=Direction.OUT))
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.whose(into) == bench.ask(out) == UNIDENTIFIED
+    assert (bench.ask(into), bench.whose(out)) == (ALICE, ALICE)
+
+
+def test_who_is_at_the_far_end_of_what_leads_out_sent_nothing_by_it():
+    """Kernels before 6.10 do not tell the direction."""
+    bench = Bench()
+    record = bench.add(back())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.whose(record) == ALICE
+    bench.now += PENDING_SECONDS + 0.1
+    assert bench.ask(record) == UNIDENTIFIED
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        back(0x1001),
+        back(0x2002),
+        back(source=MOVED),
+        back(destination=MOVED),
+        ah(0x2001, LOCAL, PEER),
+        back(mode=1),
+        back(mark=Mark(5, 0xFF)),
+        back(if_id=9),
+        back(0x9999, reqid=1),
+    ],
+)
+def test_no_other_sa_is(other):
+    bench = Bench()
+    bench.say("ike-updown", up(ike(1)))
+    record = bench.add(other)
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert isinstance(bench.whose(record), Awaited)
+    bench.now += PENDING_SECONDS + 0.1
+    bench.list_again(sa(ike(1), child(1)))
+    assert bench.whose(record) == UNIDENTIFIED
+
+
+def test_two_peers_behind_one_address_with_equal_selectors():
+    bench = Bench()
+    hers, his = bench.add(back()), bench.add(back(0x2002))
+    bench.say("child-updown", up(ike(1), child(1)))
+    bench.say("child-updown", up(ike(2), child(2)))
+    assert (bench.whose(hers), bench.whose(his)) == (ALICE, BOB)
+
+
+def test_marks_tell_them_apart_where_their_numbers_are_equal():
+    bench = Bench()
+    hers, his = bench.add(back(mark=Mark(5, 0xFF))), bench.add(back(if_id=9))
+    bench.say("ike-updown", up(ike(1)))
+    bench.say("ike-updown", up(ike(2)))
+    marked = child(1) | {"mark-out": b"5", "mark-mask-out": b"ff", "mark-in": b"6"}
+    bench.refresh(sa(ike(1), marked))
+    assert isinstance(bench.whose(his), Awaited)
+    bound = child(2) | {"spi-out": b"00002001", "if-id-out": b"9", "if-id-in": b"8"}
+    bench.refresh(sa(ike(2), bound))
+    assert (bench.whose(hers), bench.whose(his)) == (ALICE, BOB)
+
+
+def rekeyed(bench):
+    """Child 2 in the place of child 1."""
+    section = {"old": child(1, "REKEYED"), "new": child(2)}
+    bench.say("child-rekey", {"conn": ike(1) | {"child-sas": {"net": section}}})
+
+
+def test_the_successor_of_a_rekeyed_child():
+    bench = Bench()
+    old = bench.add(back())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.whose(old) == ALICE
+    new = bench.add(back(0x2002))
+    rekeyed(bench)
+    assert bench.whose(old) == bench.whose(new) == ALICE
+
+
+def test_an_sa_that_charon_installs_after_it_told():
+    """So it does where the peer had the child rekeyed."""
+    bench = Bench()
+    bench.add(back())
+    bench.say("child-updown", up(ike(1), child(1)))
+    rekeyed(bench)
+    new = bench.add(back(0x2002))
+    assert isinstance(bench.whose(new), Awaited), "what was said may be of another"
+    assert bench.join.of_number(new.sa) == (1,)
+    bench.refresh(sa(ike(1), child(1, "DELETED"), child(2)))
+    assert bench.whose(new) == ALICE
+
+
+def test_the_number_of_a_rekeyed_child_may_be_another_peer_s():
+    """charon lists it for a while longer than its SA outwards is there."""
+    bench = Bench()
+    old = bench.add(back())
+    bench.say("child-updown", up(ike(1), child(1)))
+    bench.add(back(0x2002))
+    rekeyed(bench)
+    bench.remove(old.sa)
+    his = bench.add(back())
+    bench.refresh(sa(ike(1), child(1, "DELETED"), child(2)))
+    assert isinstance(bench.whose(his), Awaited)
+    told = child(3) | {"spi-out": b"00002001"}
+    bench.say("child-updown", up(ike(2), told))
+    assert isinstance(bench.whose(his), Awaited), "an event may be old news"
+    assert bench.join.doubtful == {2}
+    bench.refresh(sa(ike(2), told))
+    assert bench.whose(his) == BOB
+
+
+def test_a_peer_that_moved_is_found_where_charon_says_that_it_is():
+    bench = Bench()
+    old = bench.add(back())
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.whose(old) == ALICE
+    bench.remove(old.sa)
+    moved = bench.add(back(destination=MOVED))
+    assert isinstance(bench.whose(moved), Awaited)
+    bench.refresh(sa(ike(1, remote_host=b"192.0.2.3"), child(1)))
+    assert bench.whose(moved) == ALICE
+    # This end moves.
+    bench.remove(moved.sa)
+    moved = bench.add(back(source=PEER, destination=MOVED))
+    assert bench.join.of_number(moved.sa) == (1,)
+    assert isinstance(bench.whose(moved), Awaited)
+    bench.refresh(sa(ike(1, remote_host=b"192.0.2.3", local_host=b"192.0.2.1"), child(1)))
+    assert bench.whose(moved) == ALICE
+
+
+def test_between_two_addresses_of_this_host_an_sa_leads_both_ways():
+    bench = Bench()
+    record = bench.add(back())
+    mine = ike(1), child(1)
+    theirs = (
+        ike(2, local_host=b"192.0.2.1", remote_host=b"192.0.2.2"),
+        child(2, spi=0x2001),
+    )
+    bench.say("child-updown", up(*mine))
+    assert bench.whose(record) == ALICE
+    assert isinstance(bench.ask(record), Awaited)
+    bench.say("child-updown", up(*theirs))
+    assert (bench.whose(record), bench.ask(record)) == (ALICE, BOB)
+    bench.list_again()
+    bench.table.advance(bench.now + 100)
+    assert bench.ask(record) == BOB
+    assert isinstance(bench.whose(record), Awaited), "what it was asked for last is known"
+
+
+def test_what_charon_tells_of_by_itself_needs_no_listing():
+    bench = Bench()
+    both = bench.add(of()), bench.add(back())
+    for record, direction in zip(both, (Direction.IN, Direction.OUT), strict=True):
+        assert isinstance(bench.ask(record, direction), Awaited)
+    assert set(bench.join.unlisted) == {*both}
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert not bench.join.wants_listing()
+    assert not bench.join.unlisted
+    gone, foreign = bench.add(back(0x9998)), bench.add(back(0x9999))
+    bench.whose(gone)
+    bench.remove(gone.sa)
+    assert not bench.join.wants_listing()
+    bench.whose(foreign)
+    assert bench.join.wants_listing()
+
+
+def test_what_is_not_listed_is_remembered_within_bounds(monkeypatch):
+    monkeypatch.setattr("ipsec_aio.join._REMEMBERED", 1)
+    bench = Bench()
+    known, foreign = bench.add(of()), bench.add(back(0x9999))
+    bench.ask(known)
+    bench.whose(foreign)
+    assert len(bench.join.unlisted) == 1
+    bench.say("child-updown", up(ike(1), child(1)))
+    assert bench.join.wants_listing(), "there may be more"

@@ -3,8 +3,9 @@
 All peers are behind one address, with one reqid and one algorithm. Each calls itself in IKE by a
 name of its choice, and proves its own by EAP some time later. Packets wait in the socket's queue
 and the daemon's word in its socket, though not as long as removed SAs are remembered; SPIs are used
-again; both ends are lost and come back. No token may name another than who sent its packets, and
-none may change its mind.
+again, also those that the peers choose for what is sent to them; both ends are lost and come back.
+No token may name another than who sent its packets, none may change its mind, and nobody may be
+named of an SA that leads to somebody else.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass, field
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sas import esp, seen
 from test_ike import LOCAL, PEER, child, ike, sa, up
 
+from ipsec_aio.enums import Direction
 from ipsec_aio.events import SAAdded, SADeleted
-from ipsec_aio.identities import UNIDENTIFIED
+from ipsec_aio.identities import UNIDENTIFIED, Identities
 from ipsec_aio.identity import IToken
 from ipsec_aio.ike import AuthenticationRound, Connection, IKETable
 from ipsec_aio.join import Join
@@ -28,6 +30,7 @@ from ipsec_aio.sa import SA
 from ipsec_aio.tokens import PToken, Resolver
 
 SPIS = st.integers(0x1001, 0x1004)
+OUTWARDS = st.integers(0x2001, 0x2002)
 NAMES = st.sampled_from(["alice", "bob", "carol"])
 TICK = 0.001
 CONNECTIONS = [Connection("conn", "IKEv2", (), (AuthenticationRound("EAP"),))]
@@ -35,15 +38,17 @@ CONNECTIONS = [Connection("conn", "IKEv2", (), (AuthenticationRound("EAP"),))]
 
 @dataclass(eq=False)
 class Child:
-    """A child of charon's, and the kernel's SA."""
+    """A child of charon's, and the kernel's SAs."""
 
     number: int
     sa: SA
+    out: SA
     state: str = "INSTALLED"
 
     @property
     def section(self):
-        return child(self.number, self.state, spi=self.sa.spi, reqid=1)
+        told = child(self.number, self.state, spi=self.sa.spi, reqid=1)
+        return told | {"spi-out": b"%08x" % self.out.spi}
 
 
 @dataclass(eq=False)
@@ -81,6 +86,10 @@ class Peers(RuleBasedStateMachine):
         self.now = 100.0
         self.count = self.ike_spis = 0
         self.kernel: dict[int, tuple[SA, str | None]] = {}
+        # Whom SAs that lead out were made for, also those that are gone.
+        self.sent_to: list[tuple[SA, str | None]] = []
+        self.repeated: set[int] = set()
+        self.named_out = 0
         self.events: list = []
         self.queue: list = []
         self.ikes: list[IKE] = []
@@ -110,6 +119,8 @@ class Peers(RuleBasedStateMachine):
     def drain(self) -> None:
         for event in self.events:
             self.mirror.apply(event, self.now)
+            if isinstance(event, SAAdded):
+                self.repeated.update(self.join.of_number(event.sa))
         self.events.clear()
         self.mirror.advance(self.now)
 
@@ -127,9 +138,9 @@ class Peers(RuleBasedStateMachine):
             self.judge()
         self.mirror.bump()
         self.resolver.settle_all()
-        again, everything = set(self.join.doubtful), self.join.wanting
+        again, everything = self.join.doubtful | self.repeated, self.join.wants_listing()
         self.join.doubtful.clear()
-        self.join.wanting = False
+        self.repeated.clear()
         if self.there and everything:
             self.list_all()
         elif self.there:
@@ -174,10 +185,28 @@ class Peers(RuleBasedStateMachine):
             del self.kernel[known.spi]
             self.events.append(SADeleted(known.key))
 
-    @rule(spi=SPIS)
+    def lead(self, spi, peer) -> SA:
+        """Put in an SA that leads out."""
+        known = esp(spi, LOCAL, PEER, reqid=1 if peer else 0)
+        self.install_out(known, peer)
+        return known
+
+    def install_out(self, known, peer) -> None:
+        self.kernel[known.spi] = known, peer
+        self.sent_to.append((known, peer))
+        self.events.append(SAAdded(known))
+
+    @rule(spi=SPIS | OUTWARDS)
     def key_by_hand(self, spi):
         if spi not in self.kernel:
-            self.put(spi, None)
+            if spi < 0x2000:
+                self.put(spi, None)
+            else:
+                self.lead(spi, None)
+
+    def part_with(self, old: Child) -> None:
+        self.take(old.sa)
+        self.take(old.out)
 
     @rule(data=st.data())
     def delete_by_hand(self, data):
@@ -215,43 +244,51 @@ class Peers(RuleBasedStateMachine):
         self.begun(claim)
 
     @precondition(lambda self: len(self.established) < len(self.ikes))
-    @rule(data=st.data(), name=NAMES, spi=SPIS)
-    def establish(self, data, name, spi):
+    @rule(data=st.data(), name=NAMES, spi=SPIS, out=OUTWARDS)
+    def establish(self, data, name, spi, out):
         begun = data.draw(st.sampled_from([each for each in self.ikes if each.peer is None]))
         begun.peer = name
         self.say("ike-updown", up(begun.section))
-        self.install(begun, spi)
+        self.install(begun, spi, out)
 
-    @rule(claim=NAMES, name=NAMES, spi=SPIS)
-    def connect(self, claim, name, spi):
+    @rule(claim=NAMES, name=NAMES, spi=SPIS, out=OUTWARDS)
+    def connect(self, claim, name, spi, out):
         new = self.begun(claim, name)
         self.say("ike-updown", up(new.section))
-        self.install(new, spi)
+        self.install(new, spi, out)
 
     @precondition(lambda self: self.established)
-    @rule(data=st.data(), spi=SPIS)
-    def add_a_child(self, data, spi):
-        self.install(data.draw(st.sampled_from(self.established)), spi)
+    @rule(data=st.data(), spi=SPIS, out=OUTWARDS)
+    def add_a_child(self, data, spi, out):
+        self.install(data.draw(st.sampled_from(self.established)), spi, out)
 
-    def install(self, parent, spi):
-        if spi in self.kernel:
+    def install(self, parent, spi, out):
+        if spi in self.kernel or out in self.kernel:
             return
-        new = Child(self.number(), self.put(spi, parent.peer))
+        new = Child(self.number(), self.put(spi, parent.peer), self.lead(out, parent.peer))
         parent.children.append(new)
         self.say("child-updown", up(parent.section, new.section))
 
     @precondition(lambda self: any(each.children for each in self.ikes))
-    @rule(data=st.data(), spi=SPIS)
-    def rekey(self, data, spi):
-        if spi in self.kernel:
+    @rule(data=st.data(), spi=SPIS, out=OUTWARDS, asked=st.booleans())
+    def rekey(self, data, spi, out, asked):
+        """``asked``, by the peer: then what leads out is installed once that is told."""
+        if spi in self.kernel or out in self.kernel:
             return
         parent = data.draw(st.sampled_from([each for each in self.ikes if each.children]))
         old = data.draw(st.sampled_from(parent.children))
-        new = Child(self.number(), self.put(spi, parent.peer))
+        known = esp(out, LOCAL, PEER, reqid=1)
+        new = Child(self.number(), self.put(spi, parent.peer), known)
         parent.children.append(new)
+        if not asked:
+            self.install_out(known, parent.peer)
+        # The old one is listed for a while longer, though nothing is sent by it.
         old.state = "DELETED"
         both = {"old": old.section, "new": new.section}
         self.say("child-rekey", {"conn": parent.section | {"child-sas": {"net": both}}})
+        self.take(old.out)
+        if asked:
+            self.install_out(known, parent.peer)
 
     @precondition(lambda self: any(each.children for each in self.ikes))
     @rule(data=st.data())
@@ -259,7 +296,7 @@ class Peers(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from([each for each in self.ikes if each.children]))
         old = data.draw(st.sampled_from(parent.children))
         parent.children.remove(old)
-        self.take(old.sa)
+        self.part_with(old)
         if old.state != "DELETED":
             self.say("child-updown", sa(parent.section, old.section))
 
@@ -269,7 +306,7 @@ class Peers(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from(self.ikes))
         self.ikes.remove(parent)
         for old in parent.children:
-            self.take(old.sa)
+            self.part_with(old)
         self.say("ike-updown", sa(parent.section))
         self.say("child-updown", sa(parent.section, *(c.section for c in parent.children)))
 
@@ -287,7 +324,7 @@ class Peers(RuleBasedStateMachine):
         if flush:
             for parent in self.ikes:
                 for old in parent.children:
-                    self.take(old.sa)
+                    self.part_with(old)
         self.ikes.clear()
         self.count = 0
         self.go_away()
@@ -329,10 +366,11 @@ class Peers(RuleBasedStateMachine):
 
     # Packets
 
-    @precondition(lambda self: self.kernel)
+    @precondition(lambda self: any(spi < 0x2000 for spi in self.kernel))
     @rule(data=st.data())
     def send(self, data):
-        known, peer = data.draw(st.sampled_from(list(self.kernel.values())))
+        inwards = [each for spi, each in self.kernel.items() if spi < 0x2000]
+        known, peer = data.draw(st.sampled_from(inwards))
         self.queue.append((seen(known.spi, local=LOCAL, peer=PEER), peer))
 
     @precondition(lambda self: self.queue)
@@ -341,6 +379,19 @@ class Peers(RuleBasedStateMachine):
         evidence, peer = self.queue.pop(0)
         self.drain()
         self.sent.append(Sent(self.resolver.resolve(evidence), peer))
+        self.changed()
+
+    @precondition(lambda self: self.sent_to)
+    @rule()
+    def reply(self):
+        """Ask of whatever may be sent by; nobody may be named of what leads to another."""
+        self.moment()
+        owners = {id(known): peer for known, peer in self.sent_to}
+        for record in list(self.mirror.sad.between(LOCAL, PEER)):
+            answer = self.join.identities_of(record, self.now, Direction.OUT)
+            if isinstance(answer, Identities) and answer.peer is not None:
+                assert str(answer.peer) == owners[id(record.sa)]
+                self.named_out += 1
         self.changed()
 
     @precondition(lambda self: self.sent)
@@ -410,3 +461,43 @@ class Peers(RuleBasedStateMachine):
 
 TestPeers = Peers.TestCase
 TestPeers.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+
+
+class Replies(Peers):
+    """The same with less that can happen, and so more of what leads out."""
+
+    begin = establish = connect = add_a_child = rekey = None
+    send = receive = forget = judge_slowly = lose = None
+    go_away = come_back = restart = disconnect = rekey_ike = delete_by_hand = None
+
+    @initialize()
+    def two_peers(self):
+        for name in ("alice", "bob"):
+            self.say("ike-updown", up(self.begun(name, name).section))
+        self.listen()
+
+    @property
+    def inwards(self):
+        return next(spi for spi in range(0x1001, 0x2000) if spi not in self.kernel)
+
+    @rule()
+    def listen(self):
+        while self.words:
+            self.hear(1)
+
+    @rule(data=st.data(), out=OUTWARDS, told=st.booleans())
+    def come_up(self, data, out, told):
+        self.install(data.draw(st.sampled_from(self.ikes)), self.inwards, out)
+        if told:
+            self.listen()
+
+    @precondition(lambda self: any(each.children for each in self.ikes))
+    @rule(data=st.data(), out=OUTWARDS, asked=st.booleans(), told=st.booleans())
+    def replace(self, data, out, asked, told):
+        Peers.rekey(self, data, self.inwards, out, asked)
+        if told:
+            self.listen()
+
+
+TestReplies = Replies.TestCase
+TestReplies.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import test_ike as ike
 from sas import (
     CBC,
     FAR,
@@ -29,6 +30,7 @@ from ipsec_aio.evidence import IPPROTO_UDP
 from ipsec_aio.flow import Flow, Mark, Selector
 from ipsec_aio.identities import Awaited, Identities
 from ipsec_aio.identity import IdentityKind, IToken
+from ipsec_aio.join import Join
 from ipsec_aio.outbound import objection
 from ipsec_aio.policy import Template
 from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP
@@ -259,8 +261,8 @@ def test_a_rekey_is_seen_at_once():
 
 
 def identified(made, **ends):
-    def identify(record, now):
-        del now
+    def identify(record, now, direction=Direction.IN):
+        assert direction is (Direction.OUT if record.sa.source == LOCAL else Direction.IN)
         return ends.get(f"spi_{record.sa.spi:x}", Identities())
 
     made.resolver.identify = identify
@@ -290,6 +292,32 @@ def test_it_goes_to_the_one_whom_the_token_names():
 def test_and_to_nobody_else(ends, reason):
     made = identified(bench(*GOOD), spi_1001=MUTUAL, spi_2001=ends)
     assert reason in ask(made)
+
+
+def test_charon_s_word_on_both_sas_of_a_child():
+    made = Bench()
+    table = ike.synced()
+    join = Join(made.mirror, table, lambda each: Identities(None, IToken.named(each.peer_id)))
+    made.resolver.identify, made.resolver.identified = join.identities_of, True
+    ends = {"local_host": b"192.0.2.1", "remote_host": b"192.0.2.2"}
+
+    def key(number, *, of):
+        made.add(esp(0x1000 + number, reqid=7))
+        made.add(reply(0x2000 + number, reqid=7))
+        made.now += 0.01
+        told = ike.up(ike.ike(of, **ends), ike.child(number, reqid=7))
+        table.apply("child-updown", told, made.now)
+
+    made.mirror.apply(PolicyAdded(out(Template(reqid=7))), made.now)
+    key(1, of=1)
+    ptoken = made.resolve(0x1001)
+    assert str(ptoken.peer) == "peer1"
+    assert ask(made, ptoken) == ""
+    key(2, of=1)
+    assert ask(made, ptoken) == "", "he rekeyed"
+    key(3, of=2)
+    assert "an SA of <IToken FQDN 'peer2'>, not of" in ask(made, ptoken), "of the same address"
+    assert "an SA of <IToken FQDN 'peer1'>, not of" in ask(made, made.resolve(0x1003))
 
 
 def test_a_token_that_names_nobody_asks_for_nobody():

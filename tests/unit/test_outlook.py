@@ -113,15 +113,23 @@ def test_policies_and_defaults(resolver: Resolver) -> None:
 
 
 def test_who_is_at_the_ends(resolver: Resolver) -> None:
-    answers = {1: Identities(None, ANN), 2: Awaited(101.5), 3: Identities()}
-    resolver.identify = lambda record, now: answers[record.sa.spi]
-    show(resolver, esp(1), esp(2), esp(3))
+    answers = {1: Identities(None, ANN), 2: Awaited(101.5), 3: Identities(), 4: Identities(ANN)}
+    asked = set()
+
+    def identify(record, now, direction=Direction.IN):
+        asked.add((record.sa.spi, direction))
+        return answers[record.sa.spi]
+
+    resolver.identify = identify
+    show(resolver, esp(1), esp(2), esp(3), esp(4, LOCAL, PEER))
     outlook = survey(resolver, CONNECTION)
     assert [(s.sa.spi, s.local, s.peer, s.pending) for s in outlook.inbound] == [
         (1, None, ANN, False),
         (2, None, None, True),
         (3, None, None, False),
     ]
+    assert [(s.sa.spi, s.local, s.peer) for s in outlook.outbound] == [(4, ANN, None)]
+    assert asked == {(spi, Direction.OUT if spi == 4 else Direction.IN) for spi in answers}
     assert outlook.settled_in == 1.5
 
 

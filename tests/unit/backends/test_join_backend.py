@@ -17,7 +17,8 @@ from ipsec_aio.backends import open_backend
 from ipsec_aio.backends.join import XfrmViciBackend
 from ipsec_aio.backends.static import StaticIdentities
 from ipsec_aio.errors import BackendDenied, BackendUnavailable
-from ipsec_aio.flow import pack_address
+from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, Evidence
+from ipsec_aio.flow import Flow, pack_address
 from ipsec_aio.identities import Identities
 from ipsec_aio.identity import AuthenticationMethod
 from ipsec_aio.testing.conformance import Arrivals, IdentityConformance
@@ -130,6 +131,70 @@ class TestJoining(Arrivals):
         token = await self._arrive(bench, spi)
         assert token.pending
         return token
+
+    async def pair(self, bench, spi=0x1001):
+        """The SAs of one of charon's children."""
+        await self._sa(bench, spi, reqid=1)
+        await self._sa(bench, spi + 0x10000, src=bench.local, dst=bench.peer, reqid=1)
+
+    def ask(self, bench, token):
+        bench.backend.drain()
+        local, peer = map(pack_address, (bench.local, bench.peer))
+        return bench.backend.sends_like(token, Flow(local, peer, IPPROTO_UDP, 5000, 40000))
+
+    async def test_a_reply_to_a_peer_who_is_known(self, bench, charon):
+        await bench.add_policy(src=bench.local, dst=bench.peer, direction="out", reqid=1)
+        await self.pair(bench)
+        charon.comes(charon.ike(ALICE), charon.child(0x1001))
+        await until(bench.backend, lambda: known(bench.backend, 0x1001))
+        token = await self._arrive(bench, 0x1001)
+        assert str(token.peer) == ALICE
+        assert self.ask(bench, token) is None
+        # Somebody else's, behind the same address.
+        charon.comes(charon.ike(BOB, number=2), charon.child(0x3001, number=2))
+        await self.pair(bench, 0x3001)
+        assert "somebody unknown" in str(self.ask(bench, token))
+        await until(bench.backend, lambda: known(bench.backend, 0x3001))
+        assert BOB in str(self.ask(bench, token))
+        assert BOB in str((await self._arrive(bench, 0x3001)).peer)
+
+    async def test_what_charon_tells_of_by_itself_is_not_listed(self, bench, charon, monkeypatch):
+        """Neither for a latch, nor for a reply, nor for a packet that was faster than charon."""
+        backend = bench.backend
+        charon.comes(charon.ike(ALICE), charon.child(0x1001))
+        await self.pair(bench)
+        await until(backend, lambda: known(backend, 0x1001))
+        token = await self._arrive(bench, 0x1001)
+        local, peer = map(pack_address, (bench.local, bench.peer))
+        connection = Evidence(IPPROTO_TCP, local, 5000, peer, 40000)
+        backend._listing.cancel()
+        backend._listing = None
+        monkeypatch.setattr(module, "LISTED_SECONDS", 0.01)
+
+        def listings():
+            return sum(p.name == "list-sas" and not p.message for p in charon.asked)
+
+        charon.asked.clear()
+        for spi in range(0x1002, 0x1006):
+            await self.pair(bench, spi)
+            backend.drain()
+            backend.outlook(connection)
+            self.ask(bench, token)
+            late = await self._arrive(bench, spi)
+            charon.comes(charon.ike(ALICE), charon.child(spi))
+            assert await late.resolved(5) is token
+            outbound = backend.outlook(connection).outbound
+            assert {str(each.peer) for each in outbound} == {ALICE}
+        # Longer than it would take to be listed.
+        await asyncio.sleep(0.1)
+        assert backend._listing is None
+        assert listings() == 0
+        # What it does not tell of is asked for, by whatever asks.
+        await self.pair(bench, 0x9001)
+        backend.drain()
+        backend.outlook(connection)
+        async with asyncio.timeout(5):
+            await charon.until(lambda: listings() == 1)
 
     async def test_how_it_was_proved(self, bench, charon):
         charon.list_conn({"id": ALICE.encode(), "class": b"pre-shared key"})

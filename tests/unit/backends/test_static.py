@@ -11,6 +11,7 @@ from test_memory import CLEAR, CLIENT, SERVER, arrive
 from ipsec_aio.backends import open_backend
 from ipsec_aio.backends.memory import MemoryBackend
 from ipsec_aio.backends.static import StaticIdentities
+from ipsec_aio.enums import Direction
 from ipsec_aio.identities import UNIDENTIFIED, Identities
 from ipsec_aio.identity import IToken
 
@@ -50,6 +51,38 @@ def test_both_ends():
     assert found == Identities(IToken.named(ME), IToken.named(ALICE))
     found = table({"spi": 0x1001, "local": ME}).find(esp())
     assert found == Identities(IToken.named(ME), None)
+
+
+BACK = {"source": LOCAL, "destination": PEER, "reqid": 7}
+
+
+@pytest.mark.parametrize(
+    ("entry", "sa"),
+    [
+        ({"src": "192.0.2.2", "dst": "192.0.2.1"}, esp(0x2001, **BACK)),
+        ({"src": "192.0.2.2"}, esp(0x2001, **BACK)),
+        ({"dst": "192.0.2.1", "reqid": 7}, esp(0x2001, **BACK)),
+        ({"src": "192.0.2.2", "spi": 0x2001}, esp(0x2001, **BACK)),
+        ({"reqid": 7}, esp(0x2001, **BACK)),
+        ({"spi": 0x2001}, esp(0x2001, **BACK)),
+        # Of it alone.
+        ({"src": "192.0.2.1", "dst": "192.0.2.2"}, esp(0x2001, **BACK)),
+    ],
+)
+def test_what_leads_back_has_the_same_ends(entry, sa):
+    identities = table(entry | {"peer": ALICE, "local": ME})
+    ends = Identities(IToken.named(ME), IToken.named(ALICE))
+    assert identities.find(sa, Direction.OUT) == ends
+    other = replace(sa, spi=0x3001, reqid=8, destination=OTHER, source=OTHER)
+    assert identities.find(other, Direction.OUT) == UNIDENTIFIED
+    if entry == {"src": "192.0.2.2"}:
+        assert identities.find(sa) == UNIDENTIFIED, "what comes in from here is not hers"
+
+
+def test_entries_for_both_directions_must_agree():
+    entries = [{"src": "192.0.2.2", "peer": ALICE}, {"dst": "192.0.2.2", "peer": BOB}]
+    assert table(*entries).find(esp(0x2001, **BACK), Direction.OUT) == UNIDENTIFIED
+    assert table(*entries[:1]).find(esp(0x2001, **BACK), Direction.OUT).peer == IToken.named(ALICE)
 
 
 def test_entries_that_contradict_each_other_name_nobody():
