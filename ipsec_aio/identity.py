@@ -4,7 +4,8 @@ Rules:
 
 * An IToken is what was proved, and nothing was added: what is not known is None.
 * ``==`` goes by meaning: the same kind, the same name in canonical form (``ipsec_aio.names``), and
-  the same proof: authentication method, CA, certificate, key. ``same_name`` asks for the name only.
+  the same proof: authentication method, CA, certificate, key. ``same_name`` asks for the name only,
+  ``is_still`` for the name and for nothing in the proof that speaks against it.
 * A pattern is not an identity: it is text, read by other rules, in which only a whole label,
   a whole mailbox name or a whole attribute value can be left open. Nothing is matched as a
   substring.
@@ -21,7 +22,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, TypeAlias, cast, final
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, cast, final
 from urllib.parse import quote, unquote_to_bytes
 
 from . import names
@@ -205,6 +206,45 @@ _PKIX: Final = (
 )
 
 
+_UNPROVED: Final = (
+    AuthenticationMethod.NONE,
+    AuthenticationMethod.BTNS,
+    AuthenticationMethod.GROUPKEY,
+)
+_DETAILS: Final = (
+    "authentication_method",
+    "certificate_authority_dn",
+    "certificate_dn",
+    "pub_key_id",
+    "channel_binding",
+)
+
+
+class _Proof(NamedTuple):
+    """How an identity was proved, in the form in which it is compared."""
+
+    method: AuthenticationMethod | None
+    issuer: names.DN | None
+    subject: names.DN | None
+    key: bytes | None
+    binding: bytes | None
+
+
+def _agrees(have: object, known: object) -> bool | None:
+    if known is None:
+        return True
+    return None if have is None else have == known
+
+
+def _proved_alike(
+    have: AuthenticationMethod | None, known: AuthenticationMethod | None
+) -> bool | None:
+    if have in _UNPROVED:
+        return have is known
+    # Which kind of certificate's proof it was is a matter of configuration.
+    return True if have in _PKIX and known in _PKIX else _agrees(have, known)
+
+
 @final
 class IToken:
     """The identity of one end of a channel (draft-ietf-btns-c-api 3). Immutable and picklable.
@@ -223,6 +263,7 @@ class IToken:
 
     __slots__ = (
         "_key",
+        "_proof",
         "audit_string",
         "authentication_method",
         "canonical",
@@ -246,6 +287,7 @@ class IToken:
     opaque: bool
     canonical: Name
     _key: Hashable
+    _proof: _Proof
 
     def __init__(
         self,
@@ -290,7 +332,8 @@ class IToken:
             dn if dn is None else names.parse_dn(dn)
             for dn in (certificate_authority_dn, certificate_dn)
         )
-        proof = (authentication_method, issuer, subject, pub_key_id, channel_binding)
+        proof = _Proof(authentication_method, issuer, subject, pub_key_id, channel_binding)
+        put(self, "_proof", proof)
         put(self, "_key", (kind, opaque, name, proof))
 
     @classmethod
@@ -462,6 +505,42 @@ class IToken:
             other.kind,
             other.opaque,
             other.canonical,
+        )
+
+    def is_still(self, known: IToken) -> bool | None:
+        """Say whether this is who was known before, although it may have been proved anew.
+
+        True: the same name, with all that was known of its proof; a new key counts as renewed
+        where the same CA vouches for it. None: nothing speaks against it, but this proof is not
+        known in all that the other is, or the other was opaque. False: another name, another way
+        of proving it, another CA or certificate's subject; or what may be anybody's (a name by a
+        group's key, by a bare key or by nothing, an opaque one) and was not known as such.
+        """
+        if self == known:
+            return True
+        read = known.opaque and not self.opaque and self.value == known.value
+        if not (read or self.same_name(known)):
+            return False
+        mine, theirs = self._proof, known._proof
+        answers = [None if read else True, _proved_alike(mine.method, theirs.method)]
+        answers += [_agrees(mine.issuer, theirs.issuer), _agrees(mine.subject, theirs.subject)]
+        if theirs.issuer is None or mine.issuer != theirs.issuer:
+            answers += [_agrees(mine.key, theirs.key), _agrees(mine.binding, theirs.binding)]
+        return False if False in answers else None if None in answers else True
+
+    def completed(self, other: IToken) -> IToken:
+        """Return this identity, with those details of the other's proof that it lacks."""
+        details = {
+            name: getattr(other, name)
+            for name in _DETAILS
+            if getattr(self, name) is None and getattr(other, name) is not None
+        }
+        if not details:
+            return self
+        for name in _DETAILS:
+            details.setdefault(name, getattr(self, name))
+        return IToken(
+            self.kind, self.value, opaque=self.opaque, audit_string=self.audit_string, **details
         )
 
     def __eq__(self, other: object) -> bool:

@@ -209,15 +209,15 @@ class Connection:
             return AuthenticationMethod.BTNS if bare_keys and not naming.authorities else None
         return AuthenticationMethod.GROUPKEY
 
-    @property
-    def peer_method(self) -> AuthenticationMethod | None:
-        """How a peer of this connection proved an identity that it did not choose for itself.
+    def peer_method(self, peer_id: str, *, bare_keys: bool) -> AuthenticationMethod | None:
+        """Return how a peer of this connection proved its identity, as far as that tells.
 
         None for several rounds, and for a public key that no CA has to vouch for: it might be a
         bare one.
         """
-        if len(self.remote) != 1:
-            return None
+        weakness = self.weakness(peer_id, bare_keys=bare_keys)
+        if weakness is not None or len(self.remote) != 1:
+            return weakness
         (only,) = self.remote
         if only.kind == "public key" and only.authorities:
             return AuthenticationMethod.PKIX_INLINE

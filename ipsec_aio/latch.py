@@ -12,6 +12,10 @@ Rules:
 * An SA is the latched peer's by identity where one is latched, else by reqid and addresses. One
   whose identity is still awaited breaks nothing, but meanwhile nothing may be read
   (``waiting``). One whose identity stays unknown is not the peer's.
+* An identity is still the latched one where the name is, and nothing known of its proof speaks
+  against it (``IToken.is_still``): a peer authenticates anew, and renews certificates. What was not
+  known of the proof is latched once it is. What is demanded of a connection must be shown by the
+  SAs that it comes with.
 * A peer who is known by identity may move: when none of the channel's SAs is left and he has others
   that are as good, those are the channel.
 * While tables are being read again nothing is known, and latches stay as they are.
@@ -414,8 +418,8 @@ class ConnectionLatch(_Machine):
         "_demanded",
         "_floor",
         "_known",
+        "_like",
         "_local",
-        "_local_demanded",
         "_origins",
         "_peer",
         "_quality",
@@ -442,8 +446,8 @@ class ConnectionLatch(_Machine):
         grades = tuple(sorted({Grade.of(sa) for sa in latched}, key=repr))
         self._quality = grades if len({g.proto for g in grades}) == len(grades) else INDETERMINATE
         self._floor = grades
+        self._like = like
         self._local, self._peer = like.local, like.peer
-        self._local_demanded = like.local is not None
         keys = {sa.key for sa in latched}
         self._origins = {(s.sa.key, s.born) for s in outlook.inbound if s.sa.key in keys}
         self._known: set[tuple[SAKey, float]] = set()
@@ -536,7 +540,7 @@ class ConnectionLatch(_Machine):
         found = {
             Channel.of(s.sa)
             for s in outlook.inbound
-            if self._peer == s.peer
+            if s.peer is not None
             and self._is_peers(s, True)
             and any(Grade.of(s.sa).serves(wanted) for wanted in self._floor)
         }
@@ -574,7 +578,8 @@ class ConnectionLatch(_Machine):
                 or any(self._forbids(policy, inbound) for policy in policies)
             ):
                 found.add(LatchReason.POLICY)
-        if self._peer is None and len({s.peer for s in seen if s.peer is not None}) > 1:
+        told = [s.peer for s in seen if s.peer is not None]
+        if self._peer is None and told and _one(told) is None:
             found.add(LatchReason.PEER)
         if outlook.opaque:
             found.add(LatchReason.EVIDENCE)
@@ -602,9 +607,13 @@ class ConnectionLatch(_Machine):
         """Whether an SA is the latched peer's; None where that is awaited."""
         if sighting.peer is not None or sighting.local is not None:
             if self._peer is not None or self._local is not None:
-                return self._peer in (None, sighting.peer) and (
-                    self._local in (None, sighting.local)
-                    or (sighting.local is None and not self._local_demanded)
+                return (
+                    self._is_like(sighting)
+                    and _may_be(sighting.peer, self._peer)
+                    and (
+                        _may_be(sighting.local, self._local)
+                        or (sighting.local is None and self._like.local is None)
+                    )
                 )
         elif inbound and (self._peer is not None or self._local is not None):
             if (sighting.sa.key, sighting.born) in self._known:
@@ -613,21 +622,33 @@ class ConnectionLatch(_Machine):
         # Not every source of identities tells those of outbound SAs.
         return any(channel.carries(sighting.sa, inbound=inbound) for channel in self.channels)
 
+    def _is_like(self, sighting: Sighting) -> bool:
+        """Whether an SA that the connection came with shows whom the connection must be with."""
+        if (sighting.sa.key, sighting.born) not in self._origins:
+            return True
+        return all(
+            want is None or (have is not None and have.is_still(want) is True)
+            for have, want in (
+                (sighting.local, self._like.local),
+                (sighting.peer, self._like.peer),
+            )
+        )
+
     def _learn(self, sightings: list[Sighting]) -> None:
         """Latch the identities once they are known, and remember whose SAs these are.
 
-        Only the SAs that the connection came with can tell whose it is.
+        Only the SAs that the connection came with can tell whose it is; how that is proved, all.
         """
         origins = [s for s in sightings if (s.sa.key, s.born) in self._origins]
-        if self._peer is None and len(peers := {s.peer for s in origins}) == 1:
-            (self._peer,) = peers
-        if self._local is None and len(locals_ := {s.local for s in origins}) == 1:
-            (self._local,) = locals_
+        self._peer = _learned(self._peer, [s.peer for s in origins], [s.peer for s in sightings])
+        self._local = _learned(
+            self._local, [s.local for s in origins], [s.local for s in sightings]
+        )
         # A source of identities that goes away later takes none of them back.
         self._known = {
             (s.sa.key, s.born)
             for s in sightings
-            if (self._peer is not None and s.peer == self._peer)
+            if (self._peer is not None and _may_be(s.peer, self._peer))
             or (s.sa.key, s.born) in self._known
         }
 
@@ -642,6 +663,34 @@ class ConnectionLatch(_Machine):
             )
             for template in policy.templates
         )
+
+
+def _may_be(have: IToken | None, known: IToken | None) -> bool:
+    return known is None or (have is not None and have.is_still(known) is not False)
+
+
+def _one(tokens: Iterable[IToken]) -> IToken | None:
+    """Return what several say of one end; None where they contradict each other."""
+    found: IToken | None = None
+    for token in tokens:
+        if found is None:
+            found = token
+        elif not (_may_be(token, found) and _may_be(found, token)):
+            return None
+        else:
+            found = found.completed(token)
+    return found
+
+
+def _learned(
+    known: IToken | None, origins: list[IToken | None], told: list[IToken | None]
+) -> IToken | None:
+    """Return what is known of an end by now: who it is by the first, details by all."""
+    named = [each for each in origins if each is not None]
+    if known is None and len(named) == len(origins):
+        known = _one(named)
+    details = _one(each for each in told if each is not None)
+    return known if known is None or details is None else known.completed(details)
 
 
 def _demands(policies: tuple[Policy, ...]) -> bool:

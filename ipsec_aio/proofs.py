@@ -227,7 +227,7 @@ class _Evidence:
         )
 
     def _method(self, name: str, connection: Connection) -> AuthenticationMethod | None:
-        method = connection.peer_method
+        method = connection.peer_method(name, bare_keys=self.bare_keys)
         if method is None and len(connection.remote) == 1:
             (only,) = connection.remote
             fitting = self._only_one(name)

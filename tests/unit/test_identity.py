@@ -40,7 +40,7 @@ FQDN, RFC822, IPV4, IPV6, DN, KEY_ID, NULL = (
     IdentityKind.NULL,
 )
 INLINE = AuthenticationMethod.PKIX_INLINE
-PSK = AuthenticationMethod.PRESHAREDKEY
+PSK, GROUPKEY = AuthenticationMethod.PRESHAREDKEY, AuthenticationMethod.GROUPKEY
 RECORDED = Path(__file__).parent / "wire" / "recorded" / "responder.json"
 
 
@@ -240,6 +240,108 @@ class TestComparing:
         assert printed != IToken(DN, "C=CH, CN=A", opaque=True)
         assert not printed.same_name(IToken(DN, "C=CH, CN=a"))
         assert repr(printed) == "<IToken DN opaque 'C=CH, CN=a'>"
+
+
+def alice(method=None, **details):
+    return IToken(FQDN, "alice.example", authentication_method=method, **details)
+
+
+def certified(method=INLINE, ca="CN=CA", subject="CN=alice", key=b"k"):
+    binding = None if key is None else b"b" + key
+    return alice(
+        method,
+        certificate_authority_dn=ca,
+        certificate_dn=subject,
+        pub_key_id=key,
+        channel_binding=binding,
+    )
+
+
+TEXT = "C=CH, CN=a"
+
+
+class TestBeingStillTheSame:
+    """``is_still``: the first is seen, the second was known before."""
+
+    @pytest.mark.parametrize(
+        ("seen", "known"),
+        [
+            (alice(), alice()),
+            (IToken(FQDN, "ALICE.example"), alice()),
+            (alice(PSK), alice()),
+            (certified(), alice()),
+            (certified(), alice(INLINE)),
+            (certified(ca="cn=ca", subject="cn=Alice"), certified()),
+            (certified(AuthenticationMethod.PKIX_TRUSTED), certified()),
+            # A renewed certificate.
+            (certified(key=b"new"), certified()),
+            (certified(key=None), certified()),
+            (alice(GROUPKEY), alice(GROUPKEY)),
+            (alice(AuthenticationMethod.LEAPOFFAITH, pub_key_id=b"k"), alice()),
+            (IToken(DN, TEXT, opaque=True), IToken(DN, TEXT, opaque=True)),
+        ],
+    )
+    def test_it_is(self, seen, known):
+        assert seen.is_still(known) is True
+
+    @pytest.mark.parametrize(
+        ("seen", "known"),
+        [
+            (alice(), alice(PSK)),
+            (alice(), certified()),
+            (alice(INLINE), certified()),
+            (certified(ca=None), certified()),
+            (certified(subject=None), certified()),
+            (alice(), alice(GROUPKEY)),
+            (IToken(DN, TEXT), IToken(DN, TEXT, opaque=True)),
+            (IToken(DN, TEXT, certificate_dn=TEXT), IToken(DN, TEXT, opaque=True)),
+        ],
+    )
+    def test_it_cannot_be_told(self, seen, known):
+        assert seen.is_still(known) is None
+
+    @pytest.mark.parametrize(
+        ("seen", "known"),
+        [
+            (IToken(FQDN, "bob.example"), alice()),
+            (IToken(KEY_ID, b"alice.example".hex()), alice()),
+            (alice(PSK), certified()),
+            (certified(), alice(PSK)),
+            (alice(AuthenticationMethod.EAP), alice(AuthenticationMethod.XAUTH)),
+            (certified(ca="CN=Other"), certified()),
+            (certified(subject="CN=bob"), certified()),
+            # Another key that nobody vouches for, or nobody who is known.
+            (certified(ca=None, key=b"new"), certified(ca=None)),
+            (certified(ca=None, key=b"new"), certified()),
+            (certified(key=b"new"), certified(ca=None)),
+            # What may be anybody's.
+            (alice(GROUPKEY), alice()),
+            (alice(GROUPKEY), alice(PSK)),
+            (alice(GROUPKEY), certified()),
+            (alice(AuthenticationMethod.BTNS), certified()),
+            (alice(AuthenticationMethod.NONE), alice()),
+            (alice(AuthenticationMethod.NONE), alice(AuthenticationMethod.BTNS)),
+            (IToken(DN, TEXT, opaque=True), IToken(DN, TEXT)),
+            (IToken(DN, "C=CH, CN=A"), IToken(DN, TEXT, opaque=True)),
+            (IToken(DN, "C=CH, CN=a, OU=b", opaque=True), IToken(DN, TEXT, opaque=True)),
+            (IToken(DN, "C=CH, CN=a\\, OU=b"), IToken(DN, "C=CH, CN=a, OU=b", opaque=True)),
+        ],
+    )
+    def test_it_is_not(self, seen, known):
+        assert seen.is_still(known) is False
+
+    def test_details_are_taken_where_there_were_none(self):
+        assert alice().completed(certified()) == certified()
+        assert alice(PSK).completed(alice()) == alice(PSK)
+        assert certified().completed(certified(key=b"new")) == certified()
+        half = alice(INLINE, certificate_authority_dn="CN=CA", audit_string="x")
+        whole = half.completed(certified(AuthenticationMethod.PKIX_TRUSTED))
+        assert whole == certified()
+        assert whole.audit_string == "x"
+        printed = IToken(DN, TEXT, opaque=True)
+        assert printed.completed(alice(PSK)) == IToken(
+            DN, TEXT, opaque=True, authentication_method=PSK
+        )
 
 
 class TestMatching:
@@ -894,6 +996,7 @@ class TestProperties:
         assert not (a == b and b == c) or a == c
         assert a != b or hash(a) == hash(b)
         assert a != b or a.same_name(b)
+        assert a != b or (a.is_still(b) and a.completed(b) == a)
 
     @given(domains, domains)
     def test_a_domain_matches_only_itself(self, one, other):

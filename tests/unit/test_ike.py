@@ -239,7 +239,9 @@ class TestConnections:
         assert conns["psk"].local[0].id == "b.psk.example.org"
         assert conns["x509"].remote[0].authorities == ("C=CH, O=Lab, CN=Lab CA",)
         assert conns["x509"].local[0].certificates == ("C=CH, O=Lab, CN=server.example.org",)
-        assert {name: conn.peer_method for name, conn in conns.items()} == {
+        assert {
+            name: conn.peer_method("a@example.org", bare_keys=False) for name, conn in conns.items()
+        } == {
             "psk": AuthenticationMethod.PRESHAREDKEY,
             "x509": AuthenticationMethod.PKIX_INLINE,
             "eap": AuthenticationMethod.EAP,
@@ -248,19 +250,23 @@ class TestConnections:
     @pytest.mark.parametrize(
         ("rounds", "method"),
         [
-            ([], None),
+            ([], AuthenticationMethod.GROUPKEY),
+            ([{"class": b"pre-shared key"}], AuthenticationMethod.GROUPKEY),
+            ([{"class": b"pre-shared key", "id": b"%any"}], AuthenticationMethod.GROUPKEY),
             ([{"class": b"pre-shared key", "id": b"a"}], AuthenticationMethod.PRESHAREDKEY),
             ([{"class": b"public key"}], None),
             ([{"class": b"public key", "certs": [b"CN=a"]}], None),
             ([{"class": b"XAuth"}], AuthenticationMethod.XAUTH),
-            ([{"class": b"any"}], None),
-            ([{}], None),
+            ([{"class": b"any"}], AuthenticationMethod.GROUPKEY),
+            ([{"class": b"any", "id": b"a"}], None),
+            ([{}], AuthenticationMethod.GROUPKEY),
             ([{"class": b"public key", "cacerts": [b"CN=a"]}, {"class": b"EAP"}], None),
         ],
     )
     def test_the_method_is_not_guessed(self, rounds, method):
         section = {f"remote-{n}": auth for n, auth in enumerate(rounds, 1)}
-        assert decode_connection({"conn": {"remote_addrs": [], **section}}).peer_method is method
+        connection = decode_connection({"conn": {"remote_addrs": [], **section}})
+        assert connection.peer_method("a", bare_keys=False) is method
 
     @pytest.mark.parametrize(
         ("admitted", "peer", "alone"),

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ipsec_aio.enums import Direction, Mode, PolicyAction
 from ipsec_aio.flow import Mark, Selector, pack_address
-from ipsec_aio.identity import IdentityKind, IToken
+from ipsec_aio.identity import AuthenticationMethod, IdentityKind, IToken
 from ipsec_aio.latch import (
     INDETERMINATE,
     TRANSITIONS,
@@ -41,6 +41,8 @@ GCM_SHORT = Algorithm("rfc4106(gcm(aes))", 160, 64)
 CBC = Algorithm("cbc(aes)", 128)
 SHA1, SHA256 = Algorithm("hmac(sha1)", 160, 96), Algorithm("hmac(sha256)", 256, 128)
 ANN, EVE = IToken(IdentityKind.FQDN, "ann.example.org"), IToken(IdentityKind.FQDN, "eve.org")
+PSK, GROUP = AuthenticationMethod.PRESHAREDKEY, AuthenticationMethod.GROUPKEY
+PKIX = AuthenticationMethod.PKIX_INLINE
 
 _spis = count(0x1001)
 
@@ -518,6 +520,105 @@ def test_identities_outwards() -> None:
     assert reason(made, inbound=mine, outbound=see(out(), peer=EVE)) is LatchReason.PEER
 
 
+def ann(method=None, ca="CN=CA", key=b"first") -> IToken:
+    """Ann, as she proved it."""
+    certificate = {}
+    if method is PKIX:
+        certificate = {"certificate_authority_dn": ca, "pub_key_id": key}
+    return IToken(ANN.kind, ANN.value, authentication_method=method, **certificate)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        # Up before the program started, and authenticated anew; loaded anew, and authenticated.
+        (ann(), ann(PSK), None),
+        (ann(PSK), ann(), None),
+        (ann(), ann(PKIX), None),
+        (ann(PKIX), ann(), None),
+        # Renewed.
+        (ann(PKIX), ann(PKIX, key=b"second"), None),
+        (ann(PKIX), ann(PKIX, ca="CN=Other"), LatchReason.PEER),
+        (ann(PKIX), ann(PSK), LatchReason.PEER),
+        (ann(PKIX), ann(GROUP), LatchReason.PEER),
+        (ann(PKIX), ann(AuthenticationMethod.BTNS), LatchReason.PEER),
+        (ann(PKIX), ann(AuthenticationMethod.NONE), LatchReason.PEER),
+        (ann(), ann(GROUP), LatchReason.PEER),
+        (ann(GROUP), ann(GROUP), None),
+    ],
+)
+def test_a_peer_that_authenticates_anew(before, after, expected) -> None:
+    old, new = sa(), sa()
+    made = latch(old, inbound=see(old, peer=before, local=EVE))
+    both = (*see(old, peer=before, local=EVE), *see(new, peer=after, local=EVE))
+    assert reason(made, inbound=both) is expected
+    assert reason(made, inbound=see(new, peer=after, local=EVE)) is expected
+    assert reason(
+        made, inbound=see(new, peer=after, local=EVE), outbound=see(out(), peer=after)
+    ) is (expected)
+    latched = made.parameters.peer
+    assert latched == (before if expected else before.completed(after))
+    assert reason(made, inbound=see(old, peer=before, local=EVE)) is None
+
+
+def test_how_it_was_proved_is_latched_once() -> None:
+    old, new = sa(), sa()
+    made = latch(old, inbound=see(old, peer=ann()))
+    contrary = (*see(new, peer=ann(PSK)), *see(sa(), peer=ann(PKIX)))
+    assert reason(made, inbound=contrary) is None
+    assert made.parameters.peer == ann(), "which of them is not known"
+    assert reason(made, inbound=see(new, peer=ann(PSK))) is None
+    assert made.parameters.peer == ann(PSK)
+    assert reason(made, inbound=see(sa(), peer=ann())) is None
+    assert made.parameters.peer == ann(PSK)
+    assert reason(made, inbound=see(sa(), peer=ann(PKIX))) is LatchReason.PEER
+
+
+def test_several_that_the_connection_may_have_come_with() -> None:
+    one, two = sa(), sa()
+    made = latch(one, two, inbound=(*see(one, peer=ann()), *see(two, peer=ann(PSK))))
+    assert made.parameters.peer == ann(PSK)
+    for other in (EVE, ann(GROUP)):
+        both = (*see(one, peer=ann()), *see(two, peer=other))
+        assert latch(one, two, inbound=both).reason is LatchReason.PEER
+        assert latch(one, two, inbound=both[::-1]).reason is LatchReason.PEER
+    made = latch(one, two, inbound=(*see(one, peer=ann()), *see(two, pending=True)))
+    assert made.parameters.peer is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown", "expected"),
+    [
+        (ann(), ann(PSK), None),
+        (ann(PSK), ann(PSK), None),
+        (ann(PSK), ann(), LatchReason.PEER),
+        (ann(PKIX), ann(PKIX, key=b"second"), None),
+        (ann(PKIX), ann(PKIX, ca="CN=Other"), LatchReason.PEER),
+        (ann(), ann(GROUP), LatchReason.PEER),
+    ],
+)
+def test_who_is_demanded_must_be_shown_with_all_that_is_demanded(wanted, shown, expected) -> None:
+    one = sa()
+    options = Latch(like=LatchParameters(peer=wanted))
+    assert latch(one, options=options, inbound=see(one, peer=shown)).reason is expected
+    made = latch(one, options=options, inbound=see(one, pending=True))
+    assert made.waiting
+    assert reason(made, inbound=see(one, peer=shown)) is expected
+    if expected is None:
+        # Once it was, it is enough that nothing speaks against it.
+        assert reason(made, inbound=see(sa(), peer=ann())) is None
+
+
+def test_a_peer_that_moved_may_have_authenticated_anew() -> None:
+    old = sa(mode=Mode.TUNNEL)
+    made = latch(old, inbound=see(old, peer=ann()), policies_in=TUNNELLED)
+    new = sa(mode=Mode.TUNNEL, source=GATE, reqid=2)
+    assert reason(made, inbound=see(new, peer=ann(GROUP)), policies_in=TUNNELLED)
+    assert made.channels == (Channel.of(old),)
+    assert reason(made, inbound=see(new, peer=ann(PSK)), policies_in=TUNNELLED) is None
+    assert made.channels == (Channel.of(new),)
+
+
 def test_an_sa_of_two_unknown_ends_under_a_demand_for_this_end() -> None:
     one = sa()
     made = latch(
@@ -659,6 +760,60 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
+
+METHODS = st.sampled_from([None, PSK, PKIX, GROUP])
+
+
+class Names(RuleBasedStateMachine):
+    """SAs of one channel come and go, of Ann and of Eve, proved in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = sa()
+        self.sas = [(first, ANN)]
+        self.method = None
+        self.latch = latch(first, inbound=see(first, peer=ANN))
+
+    def conflicts(self, token: IToken) -> bool:
+        method = token.authentication_method
+        if token.value != ANN.value:
+            return True
+        return method is GROUP or (None not in (method, self.method) and method is not self.method)
+
+    def look(self) -> None:
+        seen = tuple(Sighting(one, 0.0, None, token) for one, token in self.sas)
+        self.latch.observe(Outlook(inbound=seen), 0.0)
+        good = bool(self.sas) and not any(self.conflicts(token) for _, token in self.sas)
+        assert (self.latch.state is LatchState.ESTABLISHED) == good
+        if good and self.method is None:
+            methods = {token.authentication_method for _, token in self.sas} - {None}
+            self.method = methods.pop() if len(methods) == 1 else None
+        assert self.latch.parameters.peer.authentication_method is self.method
+
+    @rule(method=METHODS, key=st.sampled_from([b"first", b"second"]))
+    def authenticate(self, method, key) -> None:
+        self.sas.append((sa(), ann(method, key=key)))
+        self.look()
+
+    @rule()
+    def be_eve(self) -> None:
+        self.sas.append((sa(), EVE))
+        self.look()
+
+    @precondition(lambda self: self.sas)
+    @rule(data=st.data())
+    def delete(self, data) -> None:
+        self.sas.remove(data.draw(st.sampled_from(self.sas)))
+        self.look()
+
+    @precondition(lambda self: len(self.sas) > 1)
+    @rule()
+    def retire(self) -> None:
+        del self.sas[:-1]
+        self.look()
+
+
+TestNames = Names.TestCase
 
 ALGORITHMS = st.sampled_from([None, GCM, GCM_256, GCM_SHORT, CBC, SHA1, SHA256])
 GRADES = st.builds(

@@ -249,6 +249,7 @@ class TestJoining(Arrivals):
         assert "configuration cannot be listed" in caplog.text
         assert bench.backend._proofs.wants
         charon.list_conn({"class": b"public key"})
+        await until(bench.backend, lambda: known(bench.backend, 0x1001))
         assert str((await token.resolved(5)).peer) == ALICE, "it was asked again"
         assert token.peer.authentication_method is None
 
