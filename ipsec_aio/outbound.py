@@ -74,6 +74,8 @@ def objection(
     if not bundles:
         return "no policy demands protection of what is sent"
     groups = verdict.protection.groups
+    if not groups:
+        return "which SAs protected what came from there is not known"
     wanted = Identities(ptoken.local, ptoken.peer)
     for bundle in bundles:
         for group in groups:

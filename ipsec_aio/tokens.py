@@ -317,6 +317,7 @@ class PToken:
             and self._identities == other._identities
             and self.protected == other.protected
             and mine.protection[:5] == theirs.protection[:5]
+            and mine.protection.others == theirs.protection.others
             and {g.strength for g in mine.protection.groups}
             == {g.strength for g in theirs.protection.groups}
         )

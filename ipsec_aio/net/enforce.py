@@ -178,9 +178,9 @@ class Enforcement:
         return USER if self._plan is None else KERNEL
 
     @property
-    def outbound(self) -> bool:
-        """Whether nothing leaves the socket but under what its own policy demands."""
-        return self._plan is not None and self._plan.outbound is not None
+    def outbound(self) -> Bundle | None:
+        """What the socket's own policy demands of all that leaves it; None where it has none."""
+        return None if self._plan is None else self._plan.outbound
 
     def objection(self, evidence: Evidence) -> str:
         """Say why the SPD, in whose place the socket's policy stands, would not have let it in."""
@@ -399,7 +399,7 @@ class Enforcement:
         outbound = None
         if plan.outbound is not None:
             outbound = _encode(sock, Direction.OUT, plan.outbound)
-        elif self.outbound:
+        elif self.outbound is not None:
             # One direction cannot be taken away alone: this one leaves all to the SPD.
             outbound = _encode(sock, Direction.OUT, (), proto=_NOWHERE)
         set_policy(sock, inbound)

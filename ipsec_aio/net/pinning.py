@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ipsec_aio.enums import Direction
 from ipsec_aio.errors import BackendError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_UDP
 from ipsec_aio.flow import Flow, pack_address
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ipsec_aio.tokens import PToken
     from ipsec_aio.wire.cmsg import ControlMessage
 
+    from .enforce import Enforcement
+
 __all__ = ["CACHE_LIMIT", "Pinning", "source_of"]
 
 CACHE_LIMIT = 4096
@@ -31,8 +34,9 @@ CACHE_LIMIT = 4096
 class Pinning:
     """What one UDP socket may send under which token."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, enforcement: Enforcement | None = None) -> None:
         self._backend = backend
+        self._enforcement = enforcement
         self._epoch = -1
         self._known: dict[tuple[object, ...], ProtectionError | None] = {}
 
@@ -56,10 +60,29 @@ class Pinning:
                 flow = Flow(
                     local or ptoken._local, pack_address(peer[0]), IPPROTO_UDP, port, peer[1]
                 )
-                self._known[key] = backend.sends_like(ptoken, flow)
+                self._known[key] = backend.sends_like(ptoken, flow) or self._differs(flow)
         except BackendError as error:
             return ProtectionError("ptoken", str(error))
         return self._known[key]
+
+    def _differs(self, flow: Flow) -> ProtectionError | None:
+        """Say whether the socket's own policy, which is what is applied, is another."""
+        enforcement = self._enforcement
+        if enforcement is None:
+            return None
+        enforcement.refresh()
+        own = enforcement.outbound
+        demanded = self._backend.templates(
+            flow.proto,
+            flow.source_port,
+            Direction.OUT,
+            local=flow.source,
+            peer=flow.destination,
+            peer_port=flow.destination_port,
+        )
+        if own is None or not demanded or demanded == (own,):
+            return None
+        return ProtectionError("ptoken", "the socket's own policy is not what the policies demand")
 
 
 def source_of(ptoken: PToken, *, ipv6: bool) -> list[ControlMessage]:

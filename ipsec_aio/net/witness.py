@@ -118,7 +118,7 @@ class Witness:
         self._registration = registration
         self._require = require
         self._enforcement = enforcement
-        self._pinning = Pinning(backend)
+        self._pinning = Pinning(backend, enforcement)
         self._ip = _runs_ip(sock)
         self._family = sock.family
         # Welcome: protected, or known not to be. And all the others.
@@ -310,7 +310,7 @@ class Witness:
     @property
     def outbound(self) -> bool:
         """Whether the socket has an outbound policy of its own."""
-        return self._enforcement is not None and self._enforcement.outbound
+        return self._enforcement is not None and self._enforcement.outbound is not None
 
     @property
     def enforced(self) -> str:

@@ -683,3 +683,38 @@ async def test_the_kernel_answers_no_clear_handshake() -> None:
                 async with asyncio.timeout(0.2):
                     await loop.sock_connect(client, (HOST, port_of(server)))
         assert server.ipsec_stats.received == 0
+
+
+@pytest.mark.parametrize("follows", [True, False], ids=["followed", "kept"])
+async def test_what_is_applied_to_a_reply_is_the_sockets_own(
+    policies: Policies, follows: bool
+) -> None:
+    """The SPD may have come to demand another SA than the socket's own policy does."""
+    backend = KernelBackend()
+    backend.add_policy(src=OTHER, dst=HOST)
+    backend.add_policy(src=HOST, dst=OTHER, direction="out", reqid=1)
+    backend.add_sa(src=OTHER, dst=HOST)
+    weak = {"encryption": "ecb(cipher_null)", "authentication": "hmac(sha256)"}
+    backend.add_sa(src=HOST, dst=OTHER, direction="out", reqid=1, **weak)
+    backend.add_sa(src=HOST, dst=OTHER, direction="out", reqid=2)
+    async with opened(UDP, backend, enforce="kernel") as transport:
+        protocol = transport.get_protocol()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.bind((OTHER, 0))
+            client.setblocking(False)
+            client.sendto(b"x", transport.get_extra_info("sockname"))
+            ((_, addr, token),) = await protocol.log.until("data")
+            with pytest.raises(ipsec_aio.ProtectionError, match="it might be sent under"):
+                transport.sendto(b"reply", addr, ptoken=token)
+            if not follows:
+                # No template says both: the socket's policies stay.
+                backend.add_policy(src="127.0.0.30", dst=HOST, mode="tunnel")
+            backend.add_policy(src=HOST, dst=OTHER, direction="out", reqid=2)
+            if follows:
+                transport.sendto(b"reply", addr, ptoken=token)
+                assert client.recv(10) == b"reply"
+            else:
+                with pytest.raises(ipsec_aio.ProtectionError, match="socket's own policy"):
+                    transport.sendto(b"reply", addr, ptoken=token)
+            reqid = 2 if follows else 1
+            assert policies.templates(transport, Direction.OUT) == (replace(ESP, reqid=reqid),)

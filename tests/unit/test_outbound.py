@@ -327,6 +327,18 @@ def test_a_token_that_names_nobody_asks_for_nobody():
     assert ask(made) == ""
 
 
+def test_a_token_that_names_no_sa_of_its_addresses_pins_nothing():
+    """A socket's policy lets in whoever has an SA, whatever source he writes."""
+    made = bench(esp(0x1002, OTHER), null(0x2001, LOCAL, PEER), protect(), out())
+    token = made.resolver.resolve(seen(enforced=Template(), generation=0, mark=None))
+    assert token.protected
+    assert "is not known" in ask(made, token)
+    made.add(esp())
+    made.now += 10
+    token = made.resolver.resolve(seen(enforced=Template(), generation=0, mark=None))
+    assert "might be sent under" in ask(made, token)
+
+
 def test_nested_tokens_ask_for_every_group():
     made = bench(
         esp(),
