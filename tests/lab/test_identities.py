@@ -26,10 +26,14 @@ from typing import NamedTuple
 import pytest
 from authority import Authority
 from charon import Charon, Settings, conf
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hosts import PATIENCE, Host, Network, eventually, protect
 
 import ipsec_aio
 from ipsec_aio import Assurance, AuthenticationMethod, IdentityKind, PToken, Require
+from ipsec_aio.backends.join import XfrmViciBackend
+from ipsec_aio.identity import channel_binding
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PORT, GUARDED = 5000, 5001
@@ -46,6 +50,8 @@ class Lab(NamedTuple):
     bob: Charon
     alice: Charon
     carol: Charon
+    keys: dict[str, bytes]
+    """The public keys of bob's and alice's certificates, as DER."""
 
 
 def plain(name: str) -> str:
@@ -79,6 +85,11 @@ def certified(name: str) -> Settings:
     return {"auth": "pubkey", "certs": f"{name}.pem"}
 
 
+def public_key(pem: bytes) -> bytes:
+    key = x509.load_pem_x509_certificate(pem).public_key()
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
 BOB, GATE, ROAD = "bob.example", "gate.example", "road.example"
 
 
@@ -96,6 +107,7 @@ def configure(lab: Lab) -> None:
         for name, (certificate, key) in each.items():
             charon.put("x509", f"{name}.pem", certificate)
             charon.put("private", f"{name}.pem", key)
+            lab.keys.setdefault(name, public_key(certificate))
 
     inner = {"mode": "tunnel", "local_ts": lab.bob.host.inner4}
     server = {
@@ -121,12 +133,13 @@ def configure(lab: Lab) -> None:
         for name in (ALICE, CAROL, DORA)
     }
     road = {"eap-alice": secret("of the road", "alice@example")}
+    eve = {"eap-eve": secret("of eve", "eve@example")}
     lab.bob.load(
         conf(
             {
                 "connections": server,
                 "pools": {"road": {"addrs": "10.7.0.0/28"}},
-                "secrets": {**shared, **road},
+                "secrets": {**shared, **road, **eve},
             }
         )
     )
@@ -134,14 +147,21 @@ def configure(lab: Lab) -> None:
     v4, v6 = lab.bob.host.v4, lab.bob.host.v6
     inner = {"mode": "tunnel", "remote_ts": lab.bob.host.inner4}
     gate = {"auth": "pubkey", "id": GATE}
-    roaming = {"auth": "eap-md5", "id": "admin.example", "eap_id": "alice@example"}
+
+    def roaming(claim: str, name: str) -> Settings:
+        local = {"auth": "eap-md5", "id": claim, "eap_id": name}
+        remote = {"auth": "pubkey", "id": ROAD}
+        return connection(local, remote, v4, child=inner, vips="0.0.0.0")
+
     client = {
         "psk": connection(psk(ALICE), psk(BOB), v4),
         "psk6": connection(psk(ALICE), psk(BOB), v6),
         "dora": connection(psk(DORA), psk(BOB), v4),
         "liar": connection(psk(CAROL), psk(BOB), v4),
         **{name: connection(certified(name), gate, v4) for name in ("alice", "revoked", "foreign")},
-        "eap": connection(roaming, {"auth": "pubkey", "id": ROAD}, v4, child=inner, vips="0.0.0.0"),
+        "eap": roaming("admin.example", "alice@example"),
+        "eap-eve": roaming("admin.example", "eve@example"),
+        "eap-other": roaming("eve@example", "alice@example"),
         "interface": connection(
             psk(ALICE),
             psk("interface.example"),
@@ -151,7 +171,8 @@ def configure(lab: Lab) -> None:
     }
     guess = secret("a guess", CAROL)
     mine = {name: value for name, value in shared.items() if plain(CAROL) not in name}
-    lab.alice.load(conf({"connections": client, "secrets": {**mine, **road, "ike-liar": guess}}))
+    wrong = {"ike-liar": guess, "eap-eve": secret("another guess", "eve@example")}
+    lab.alice.load(conf({"connections": client, "secrets": {**mine, **road, **wrong}}))
     lab.carol.load(
         conf({"connections": {"psk": connection(psk(CAROL), psk(BOB), v4)}, "secrets": shared})
     )
@@ -160,10 +181,11 @@ def configure(lab: Lab) -> None:
 @pytest.fixture(scope="module")
 def daemons(network: Network) -> Iterator[Lab]:
     with ExitStack() as stack:
-        lab = Lab(*(Charon(network.hosts[name]) for name in ("bob", "alice", "carol")))
-        for charon in lab:
+        bob, alice, carol = (Charon(network.hosts[name]) for name in ("bob", "alice", "carol"))
+        lab = Lab(bob, alice, carol, {})
+        for charon in lab[:3]:
             charon.start()
-        for charon in lab:
+        for charon in lab[:3]:
             stack.enter_context(charon)
         configure(lab)
         yield lab
@@ -188,6 +210,7 @@ class Inbox(ipsec_aio.DatagramProtocol):
         self.tokens: set[tuple[str, PToken]] = set()
         self.wrong: list[str] = []
         self.address = ""
+        self.backend: XfrmViciBackend
         self.served: set[str] = set()
         self._coming: asyncio.Queue[tuple[str, PToken]] = asyncio.Queue()
 
@@ -283,6 +306,8 @@ async def listening(lab: Lab, mallory: Host) -> AsyncIterator[Inbox]:
             require=Require(encrypted=True, peer=ALICE),
         )
         with closing(transport), closing(guarded):
+            assert isinstance(backend, XfrmViciBackend)
+            inbox.backend = backend
             inbox.served = strict.served
             async with stream(mallory, NOBODY, lab.bob.host.v4):
                 await inbox.unprotected(NOBODY)
@@ -373,6 +398,8 @@ async def test_certificates(lab: Lab, mallory: Host):
         assert token.peer.matches("C=CH, O=Lab, CN=*")
         assert not token.peer.matches(ALICE)
         assert str(token.local) == GATE
+        binding = channel_binding(lab.keys["bob"], lab.keys["alice"])
+        assert token.peer.channel_binding == binding
 
 
 async def test_eap_and_a_virtual_address(lab: Lab, mallory: Host):
@@ -386,6 +413,54 @@ async def test_eap_and_a_virtual_address(lab: Lab, mallory: Host):
         assert token.peer.authentication_method is AuthenticationMethod.EAP
         assert LEASED in token.audit_string
         assert inbox.served == set()
+
+
+def stall(host: Host) -> None:
+    """Have a host send nothing of IKE_AUTH but its first message, in which it says who it is."""
+    ike_auth = "@th,64,32 0 @th,240,8 35 @th,256,32 > 1"  # marked as none of ESP's, on port 4500
+    host.nft(
+        "table inet stall { chain out { type filter hook output priority 0;"
+        f" udp dport 4500 {ike_auth} drop; }}; }}"
+    )
+
+
+async def test_a_name_that_is_only_claimed(lab: Lab, mallory: Host):
+    """Everything is listed while he has said that he is admin, and has not proved anything."""
+    host = lab.alice.host
+    async with listening(lab, mallory) as inbox, keyed(inbox, lab.carol, CAROL):
+        watcher = inbox.backend.watcher
+
+        def stands() -> set[tuple[str, bool]]:
+            return {(each.remote_id, each.established) for each in watcher.table.sas()}
+
+        stall(host)
+        keying = asyncio.create_task(key(lab.alice, "eap"))
+        async with asyncio.timeout(PATIENCE):
+            while ("admin.example", False) not in stands():
+                watcher.look_again()
+                await inbox.next(CAROL)
+            # Another one comes, for whom everybody is judged.
+            await end(lab.carol)
+            await key(lab.carol)
+            await inbox.named(CAROL)
+        assert ("admin.example", False) in stands()
+        host.show("nft", "flush", "ruleset")
+        await keying
+        async with stream(host, "alice@example", lab.bob.host.inner4, LEASED):
+            token = await inbox.named("alice@example")
+        assert token.peer.authentication_method is AuthenticationMethod.EAP
+        assert inbox.served == set()
+
+
+async def test_eap_that_fails_and_another_s(lab: Lab, mallory: Host):
+    async with listening(lab, mallory) as inbox, keyed(inbox, lab.carol, CAROL):
+        with pytest.raises(RuntimeError):
+            await key(lab.alice, "eap-eve")
+        peers = {each.peer_id for each in inbox.backend.watcher.table.sas() if each.established}
+        assert peers == {CAROL}
+        await key(lab.alice, "eap-other")
+        async with stream(lab.alice.host, "alice@example", lab.bob.host.inner4, LEASED):
+            await inbox.named("alice@example")
 
 
 async def test_a_connection_over_ipv6(lab: Lab, mallory: Host):
@@ -443,6 +518,28 @@ async def test_rekeyed(lab: Lab, mallory: Host, words: tuple[str, ...]):
             await eventually(lambda: spi not in {each.spi for each in alice.sas})
         assert await inbox.named(ALICE) is alice
         assert await inbox.named(CAROL) is carol
+        if words == ("--ike", "psk"):
+            await asyncio.to_thread(lab.alice.rekey)
+            await eventually(lambda: spi not in {each.spi for each in alice.sas})
+            assert await inbox.named(ALICE) is alice
+
+
+async def test_another_peer_beside_one_at_its_address(lab: Lab, mallory: Host):
+    """The first one's SAs still stand: what comes under the other's is the other's."""
+    host, to = lab.alice.host, lab.bob.host.v4
+    async with listening(lab, mallory) as inbox, keyed(inbox, lab.carol, CAROL):
+        async with keyed(inbox, lab.alice, ALICE):
+            alice = await inbox.named(ALICE)
+        await key(lab.alice, "dora")
+        # Else it is up to the kernel under whose SA it sends.
+        host.ip(f"xfrm state delete src {host.v4} dst {to} proto esp spi {alice.sa.spi:#x}")
+        async with stream(host, DORA, to):
+            dora = await inbox.named(DORA)
+            assert alice.alive
+            assert str(alice.peer) == ALICE
+        assert dora is not alice
+        assert not dora.equivalent(alice)
+        assert inbox.served == {ALICE}
 
 
 async def test_another_peer_behind_one_address(lab: Lab, mallory: Host):
