@@ -52,11 +52,10 @@ XFRM_GROUPS = {
     m.MAPPING: 8,
 }
 # RTNLGRP_*, by address family where there is one for each.
-ROUTE_GROUPS: dict[int, dict[int, int]] = {
-    **dict.fromkeys((16, 17), {socket.AF_UNSPEC: 1, socket.AF_BRIDGE: 1}),
-    **dict.fromkeys((20, 21), {socket.AF_INET: 5, socket.AF_INET6: 9}),
-    **dict.fromkeys((32, 33), {socket.AF_INET: 8, socket.AF_INET6: 19}),
-}
+LINK = {socket.AF_UNSPEC: 1, socket.AF_BRIDGE: 1}
+ADDRESS = {socket.AF_INET: 5, socket.AF_INET6: 9}
+RULE = {socket.AF_INET: 8, socket.AF_INET6: 19}
+ROUTE_GROUPS = {16: LINK, 17: LINK, 20: ADDRESS, 21: ADDRESS, 32: RULE, 33: RULE}
 
 
 def group_of(datagram: Reply, protocol: int) -> int | None:

@@ -20,7 +20,5 @@ from ipsec_aio.sa import Algorithm
         ("rfc4309(ccm(aes))", 0, 0),
     ],
 )
-def test_strength_is_the_key_without_salt_or_nonce(
-    name: str, key_bits: int, strength: int
-) -> None:
+def test_strength_is_the_key_without_salt_or_nonce(name: str, key_bits: int, strength: int) -> None:
     assert Algorithm(name, key_bits).strength_bits == strength

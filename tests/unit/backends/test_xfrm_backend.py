@@ -22,7 +22,13 @@ from xfrm_bench import FakeBench, synced
 
 from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.enums import Assurance, PolicyAction
-from ipsec_aio.errors import BackendDenied, BackendOverrun, BackendUnavailable, CodecError
+from ipsec_aio.errors import (
+    BackendDenied,
+    BackendError,
+    BackendOverrun,
+    BackendUnavailable,
+    CodecError,
+)
 from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, Evidence
 from ipsec_aio.flow import pack_address
 from ipsec_aio.sa import SAKey
@@ -684,6 +690,23 @@ async def test_the_stamp_goes_when_others_need_marks(kernel: FakeKernel, user: s
     assert registration.generation not in (0, generation)
     registration.close()
     await backend.aclose()
+
+
+@pytest.mark.usefixtures("netns")
+async def test_tcp_is_not_stamped_when_routing_looks_at_marks(kernel: FakeKernel) -> None:
+    async with XfrmBackend(stamp="install", socket_factory=kernel.socket) as backend:
+        await backend.start()
+        tcp = await backend.register(IPPROTO_TCP, 5000)
+        udp = await backend.register(IPPROTO_UDP, 5000)
+        assert tcp.generation
+        ip("rule add fwmark 0x4000 lookup 100")
+        backend.drain()
+        assert tcp.generation == 0
+        assert udp.generation
+        with pytest.raises(BackendError, match="0x4000"):
+            await backend.register(IPPROTO_TCP, 5001)
+        tcp.close()
+        udp.close()
 
 
 @pytest.mark.usefixtures("netns")
