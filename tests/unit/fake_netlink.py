@@ -14,7 +14,7 @@ from typing import cast
 
 import xfrm_messages as m
 
-from ipsec_aio.wire.netlink import attribute
+from ipsec_aio.wire.netlink import attribute, attributes
 
 NETLINK_ROUTE, NETLINK_XFRM = 0, 6
 Reply = bytes | OSError
@@ -68,6 +68,25 @@ def group_of(datagram: Reply, protocol: int) -> int | None:
     return ROUTE_GROUPS[kind][datagram[16]]
 
 
+def answers(info: bytes, wanted: bytes) -> bool:
+    """Whether a GETSA finds this SA: by address, SPI, family, protocol and mark, not by if_id."""
+    value, mask = mark_of(wanted[24:])
+    theirs, their_mask = mark_of(info[224:])
+    return (
+        info[56:76] == wanted[:20]
+        and info[212:214] == wanted[20:22]
+        and info[76] == wanted[22]
+        and value & mask & their_mask == theirs
+    )
+
+
+def mark_of(told: bytes) -> tuple[int, int]:
+    for number, start, end in attributes(told, 0, len(told)):
+        if number == 21:
+            return struct.unpack("=II", told[start:end])
+    return 0, 0
+
+
 class FakeKernel:
     """``answer(protocol, kind, request)`` may be replaced; it gives datagrams or an error."""
 
@@ -114,7 +133,7 @@ class FakeKernel:
             return self.dump(m.NEWPOLICY, self.policies, sequence)
         if kind == m.GETSA:
             for info in self.sas:
-                if info[56:72] == payload[:16] and info[72:76] == payload[16:20]:
+                if answers(info, payload):
                     return [m.message(m.NEWSA, info, sequence=sequence)]
             return [error(errno.ESRCH, sequence=sequence)]
         return [m.message(m.GETDEFAULT, bytes([2, 2, 2, 0]), sequence=sequence)]

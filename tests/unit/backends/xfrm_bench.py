@@ -7,7 +7,7 @@ import errno
 from typing import Any
 
 import xfrm_messages as m
-from fake_netlink import FakeKernel
+from fake_netlink import FakeKernel, answers
 
 from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.flow import pack_address
@@ -75,10 +75,9 @@ class FakeBench(Bench):
 
     async def delete_sa(self, *, src: str, dst: str, spi: int, proto: str = "esp") -> None:
         name = m.sa_id(pack_address(dst), spi=spi, proto=PROTOS[proto])
-        self.kernel.sas = [
-            s for s in self.kernel.sas if s[56:76] != name[:20] or s[76] != PROTOS[proto]
-        ]
-        self.kernel.emit(m.message(m.DELSA, name))
+        gone = next(sa for sa in self.kernel.sas if answers(sa, name))
+        self.kernel.sas.remove(gone)
+        self.kernel.emit(m.message(m.DELSA, m.sa_deletion(gone)))
 
     async def flush_sas(self) -> None:
         self.kernel.sas.clear()
@@ -111,10 +110,10 @@ class FakeBench(Bench):
         self.kernel.emit(m.message(m.NEWPOLICY, payload))
 
     async def delete_policy(self, *, src: str, dst: str, direction: str = "in") -> None:
-        info = self._policy(src, dst, direction)
-        self.kernel.policies = [p for p in self.kernel.policies if p[:56] != info[:56]]
-        name = m.policy_id(info[:56], direction=DIRECTIONS[direction])
-        self.kernel.emit(m.message(m.DELPOLICY, name + attribute(7, info)))
+        key = self._policy(src, dst, direction)[:56], DIRECTIONS[direction]
+        gone = next(p for p in self.kernel.policies if (p[:56], p[160]) == key)
+        self.kernel.policies.remove(gone)
+        self.kernel.emit(m.message(m.DELPOLICY, m.policy_deletion(gone)))
 
     async def lose_events(self) -> None:
         self.kernel.emit(OSError(errno.ENOBUFS, "No buffer space available"))
