@@ -19,7 +19,7 @@ from ipsec_aio.errors import BackendDenied, BackendUnavailable
 from ipsec_aio.flow import pack_address
 from ipsec_aio.identities import Identities
 from ipsec_aio.identity import AuthenticationMethod
-from ipsec_aio.testing.conformance import Arrivals, IdentityConformance
+from ipsec_aio.testing import Arrivals, IdentityConformance
 
 ALICE, BOB = "alice.example.org", "bob.example.org"
 

@@ -32,7 +32,7 @@ from ipsec_aio.errors import (
 from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, Evidence
 from ipsec_aio.flow import Mark, pack_address
 from ipsec_aio.sa import SAKey
-from ipsec_aio.testing.conformance import BackendConformance, Bench
+from ipsec_aio.testing import BackendConformance, Bench
 from ipsec_aio.tokens import PToken
 from ipsec_aio.wire.netlink import attribute
 
