@@ -104,8 +104,8 @@ class XfrmBackend(TableBackend):
             self._stamp = await open_stamp(
                 self._mode, marks=self._mark_users, on_change=self._stamp_changed
             )
-            if self._stamp.fileno() >= 0:
-                self._poll.register(self._stamp.fileno(), select.EPOLLIN)
+            for descriptor in self._stamp.filenos():
+                self._poll.register(descriptor, select.EPOLLIN)
             self._stamp_changed()
         except BaseException:
             await self.aclose()

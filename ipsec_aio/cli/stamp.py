@@ -12,6 +12,7 @@ from ipsec_aio.errors import BackendError, BackendUnavailable
 from ipsec_aio.kernel import stamp_table
 from ipsec_aio.kernel.nfnetlink import NftSocket
 from ipsec_aio.kernel.stamp_marks import MarkUsers, read_mark_users
+from ipsec_aio.kernel.stamp_routing import MarkRouting
 from ipsec_aio.kernel.stamp_rules import TABLE
 from ipsec_aio.kernel.stamp_sysctl import FwmarkAccept
 from ipsec_aio.kernel.stamp_table import PROTOCOLS, Port, TableState
@@ -42,7 +43,12 @@ def add_parser(subparsers: Subparsers) -> None:
         "into its mark, for the ports that are served. Needs CAP_NET_ADMIN.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="install|remove|status")
-    install = verbs.add_parser("install", help="install it, or add ports to it")
+    install = verbs.add_parser(
+        "install",
+        help="install it, or add ports to it",
+        description="Install the stamp, or add ports to it. Ports that are in it stay: whether a "
+        "running program or an operator put them there cannot be told. To begin anew, remove it.",
+    )
     install.add_argument(
         "--port",
         dest="ports",
@@ -55,7 +61,9 @@ def add_parser(subparsers: Subparsers) -> None:
     install.add_argument(
         "--keep-fragments",
         action="store_true",
-        help="let decrypted fragments be reassembled; what was reassembled then counts as unknown",
+        help="let decrypted fragments be reassembled: without this, all of them to addresses of "
+        "this network namespace are dropped, of every protocol and port; with it, datagrams that "
+        "were reassembled count as unknown, and no accepted connection as exact",
     )
     verbs.add_parser("remove", help="remove it")
     verbs.add_parser("status", help="show it; exit status 0 where it is verified")
@@ -80,11 +88,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _install(netlink: NftSocket, sysctl: FwmarkAccept, arguments: argparse.Namespace) -> int:
     ports = frozenset[Port](arguments.ports)
     state = stamp_table.read(netlink)
-    if problem := _mark_users().problem:
+    tcp = _has_tcp(ports)
+    users = _mark_users()
+    if problem := users.problem or (tcp and (users.tcp_problem or _routing_problem())):
         raise BackendError(0, problem)
     if state.late_writers:
         raise BackendError(0, TableState(late_writers=state.late_writers).problem)
-    needs_sysctl = any(port.protocol == PROTOCOLS["tcp"] for port in ports) and not sysctl.enabled
+    needs_sysctl = tcp and not sysctl.enabled
     if needs_sysctl:
         sysctl.enable()
     comment = _WAS_OFF if needs_sysctl else state.comment
@@ -135,8 +145,12 @@ def _remove(netlink: NftSocket, sysctl: FwmarkAccept, arguments: argparse.Namesp
 
 def _status(netlink: NftSocket, sysctl: FwmarkAccept, arguments: argparse.Namespace) -> int:
     state = stamp_table.read(netlink)
-    marks = _mark_users().problem
-    problem = state.problem or marks
+    users, routing = _mark_users(), _routing_problem()
+    marks = "; ".join(filter(None, (users.problem, users.tcp_problem)))
+    problem = state.problem or users.problem
+    if _has_tcp(state.ports):
+        off = "" if sysctl.enabled else f"{_SYSCTL} is 0"
+        problem = problem or users.tcp_problem or routing or off
     print(f"stamp       {_summary(state, problem)}")
     if state.installed:
         owner = f"a process (netlink port id {state.owner})" if state.owner else "none: it stays"
@@ -148,6 +162,9 @@ def _status(netlink: NftSocket, sysctl: FwmarkAccept, arguments: argparse.Namesp
     for writer in state.late_writers or ("none",):
         print(f"later rules {writer}")
     print(f"other marks {marks or 'none'}")
+    print(f"routing     {routing or 'looks at no marks'}")
+    for reader in stamp_table.read_readers(netlink) or ("none",):
+        print(f"read marks  {reader}")
     tcp = "accepted connections carry stamps" if sysctl.enabled else "TCP cannot be stamped"
     print(f"sysctl      {_SYSCTL} = {int(sysctl.enabled)}: {tcp}")
     print(f"kernel      {platform.release()}: {_support(netlink, state)}")
@@ -168,6 +185,18 @@ def _support(netlink: NftSocket, state: TableState) -> str:
     if stamp_table.try_out(netlink, owned=True):
         return "has what the stamp needs, but no owner flag (Linux 5.12)"
     return "has what the stamp needs"
+
+
+def _has_tcp(ports: frozenset[Port]) -> bool:
+    return any(port.protocol == PROTOCOLS["tcp"] for port in ports)
+
+
+def _routing_problem() -> str:
+    routing = MarkRouting()
+    try:
+        return routing.problem
+    finally:
+        routing.close()
 
 
 def _mark_users() -> MarkUsers:

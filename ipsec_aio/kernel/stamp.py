@@ -6,6 +6,8 @@ Rules:
   found right: table, chains, rules, set; no later writer of the mark; nobody else who needs marks.
 * Whatever is lost, for however short a time, costs the generation: when the stamp stands again it
   has another number. Loss is learnt from nf_tables' own events, read in :meth:`Stamp.refresh`.
+* A stamp on TCP is also a mark on connections: there is none where routing or outbound policies
+  look at marks. Rules of routing are told of; policies are looked at when ports are covered.
 * What we did not make we do not repair: a table that the command line put there, or another
   process owns, is used as it is. Ports that we added are taken out again, no others.
 * Everything is of the network namespace of the thread that called :func:`open_stamp`.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Set
 from contextlib import suppress
@@ -27,15 +30,18 @@ from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
 
 from . import stamp_table
 from .nfnetlink import EventSocket, Message, NftSocket, nft
-from .stamp_foreign import LateTable, is_late, own_table
+from .sockopts import receive_marks
+from .stamp_foreign import ForeignTable, is_late, own_table
 from .stamp_marks import MarkUsers
+from .stamp_routing import MarkRouting
 from .stamp_sysctl import FwmarkAccept
 from .stamp_table import PROTOCOLS, Port, TableState
 
 __all__ = ["Coverage", "KernelStamp", "MarkUsers", "Stamp", "StampMode", "open_stamp"]
 
 StampMode: TypeAlias = Literal["use", "install", "require", "off"]
-_TCP = PROTOCOLS["tcp"]
+_TCP, _UDP = PROTOCOLS["tcp"], PROTOCOLS["udp"]
+_RETRY_SECONDS = 3.0
 
 
 class _Change(IntEnum):
@@ -117,9 +123,9 @@ class Stamp:
         Call it after receiving and before evidence is judged. It may call ``on_change``.
         """
 
-    def fileno(self) -> int:
-        """The descriptor that is readable while :meth:`refresh` has something to take in; or -1."""
-        return -1
+    def filenos(self) -> tuple[int, ...]:
+        """The descriptors of which one is readable while :meth:`refresh` has news to take in."""
+        return ()
 
     def marks_changed(self) -> None:
         """Ask for :class:`MarkUsers` again: the backend's SAs or policies changed."""
@@ -151,9 +157,10 @@ class KernelStamp(Stamp):
         self._on_change: Callable[[], None] = lambda: None
         self._generation = 0
         self._verified = 0
-        self._marks_problem = ""
+        self._found = MarkUsers()
         self._state = TableState()
         self._unread = False
+        self._retry: asyncio.TimerHandle | None = None
         self._refusal: BackendError | None = None
         self._sysctl_refusal: BackendError | None = None
         self._owned = False
@@ -166,6 +173,11 @@ class KernelStamp(Stamp):
         self._netlink = NftSocket()
         try:
             self._events = EventSocket()
+            try:
+                self._routing = MarkRouting()
+            except BaseException:
+                self._events.close()
+                raise
         except BaseException:
             self._netlink.close()
             raise
@@ -173,7 +185,8 @@ class KernelStamp(Stamp):
 
     def start(self, on_change: Callable[[], None]) -> None:
         """Take or install the stamp and watch it. Raises as the mode demands."""
-        self._loop.add_reader(self._events.fileno(), self.refresh)
+        for descriptor in self.filenos():
+            self._loop.add_reader(descriptor, self.refresh)
         self._verify(lost=False)
         if self._mode != "use" and self._problem:
             raise self._refusal or self._why(self._problem)
@@ -201,10 +214,13 @@ class KernelStamp(Stamp):
             if self._mode == "use":
                 return Coverage(self, None)
             raise BackendError(errno.EINVAL, str(error)) from None
+        if self._mode != "use" and wanted.protocol == _UDP:
+            _check_marks_are_told()
         before = self.generation_of(wanted)
         self._covered[wanted] += 1
         self._tcp_covered += wanted.protocol == _TCP
         coverage = Coverage(self, wanted)
+        self.marks_changed()
         self.refresh()
         if self._problem:
             self._verify(lost=False)
@@ -212,7 +228,7 @@ class KernelStamp(Stamp):
             self._add_missing({wanted} - self._state.ports)
         if self._mode != "use" and not coverage.generation:
             refusal = self._refusal or self._why(
-                self._problem or "net.ipv4.tcp_fwmark_accept is 0: set it to 1"
+                self._problem or self._tcp_problem or "net.ipv4.tcp_fwmark_accept is 0: set it to 1"
             )
             if wanted in self._state.ports and self._sysctl_refusal is not None:
                 refusal = self._sysctl_refusal
@@ -222,8 +238,8 @@ class KernelStamp(Stamp):
             self._on_change()
         return coverage
 
-    def fileno(self) -> int:
-        return self._events.fileno()
+    def filenos(self) -> tuple[int, ...]:
+        return self._events.fileno(), self._routing.fileno()
 
     def uncover(self, port: Port | None) -> None:
         if port is None or self._unusable:
@@ -244,16 +260,18 @@ class KernelStamp(Stamp):
             return
         if change := self._news():
             self._verify(lost=change is _Change.LOST)
-        self._check_sysctl()
+        self._routing.drain()
+        self._check_tcp()
 
     def marks_changed(self) -> None:
-        if not self._unusable and self._marks().problem != self._marks_problem:
+        if not self._unusable and self._marks() != self._found:
             self._verify(lost=False)
+            self._check_tcp()
 
     def tcp_ready(self) -> bool:
         if self._unusable:
             return False
-        self._check_sysctl()
+        self._check_tcp()
         return bool(self._generation) and self._tcp_ready
 
     def close(self) -> None:
@@ -264,7 +282,10 @@ class KernelStamp(Stamp):
         self._closed = True
         self._generation = 0
         self._problem = "the stamp is closed"
+        if self._retry is not None:
+            self._retry.cancel()
         self._sysctl.close()
+        self._routing.close()
         self._events.close()
         self._netlink.close()
 
@@ -275,7 +296,8 @@ class KernelStamp(Stamp):
 
     def _withdraw(self) -> None:
         if not self._loop.is_closed():
-            self._loop.remove_reader(self._events.fileno())
+            for descriptor in self.filenos():
+                self._loop.remove_reader(descriptor)
         with suppress(BackendError):
             if self._owned:
                 stamp_table.remove(self._netlink)
@@ -305,7 +327,7 @@ class KernelStamp(Stamp):
             return _Change.LOST
         if event.kind == nft.NFT_MSG_NEWCHAIN and is_late(event):
             return _Change.LOST
-        table = LateTable(event.family, event.table)
+        table = ForeignTable(event.family, event.table)
         elements = event.kind in (nft.NFT_MSG_NEWSETELEM, nft.NFT_MSG_DELSETELEM)
         return _Change.LOST if table in self._state.late and not elements else _Change.NOTHING
 
@@ -328,7 +350,7 @@ class KernelStamp(Stamp):
             self._on_change()
 
     def _look(self) -> None:
-        self._marks_problem = self._marks().problem
+        self._found = self._marks()
         handle = self._state.handle
         try:
             self._state = stamp_table.read(self._netlink)
@@ -338,13 +360,24 @@ class KernelStamp(Stamp):
             self._unread = True
             self._refusal = error
             self._problem = error.strerror or str(error)
+            self._look_again()
             return
-        self._problem = self._marks_problem or self._state.problem
+        self._problem = self._found.problem or self._state.problem
         self._added &= self._state.ports if self._state.handle == handle else set()
+
+    def _look_again(self) -> None:
+        """Arrange for another look: what kept us from reading may pass without an event."""
+        if self._retry is None:
+            self._retry = self._loop.call_later(_RETRY_SECONDS, self._retried)
+
+    def _retried(self) -> None:
+        self._retry = None
+        if self._unread and not self._unusable:
+            self._verify(lost=True)
 
     def _restore(self) -> None:
         try:
-            if self._marks_problem:
+            if self._found.problem:
                 if self._owned:
                     stamp_table.remove(self._netlink)
                     self._owned = False
@@ -369,19 +402,27 @@ class KernelStamp(Stamp):
             self._added |= missing
             self._state = replace(self._state, ports=self._state.ports | missing)
 
-    def _check_sysctl(self) -> None:
+    @property
+    def _tcp_problem(self) -> str:
+        return self._found.tcp_problem or self._routing.problem
+
+    def _check_tcp(self) -> None:
         if not self._tcp_covered:
             return
-        ready = self._sysctl.enabled
+        allowed = not self._tcp_problem
+        ready = allowed and self._sysctl.enabled
         if ready and self._tcp_ready:
             return
         before, lost = self._generation, self._tcp_ready
-        if not ready and self._mode == "install" and self._generation:
+        self._sysctl_refusal = None
+        if not allowed:
+            self._sysctl.restore()
+        elif not ready and self._mode == "install" and self._generation:
             try:
                 self._sysctl.enable()
             except BackendError as error:
                 self._sysctl_refusal = error
-        self._tcp_ready = self._sysctl.enabled
+        self._tcp_ready = allowed and self._sysctl.enabled
         if lost and before:
             self._verified += 1
             self._generation = self._verified
@@ -392,6 +433,17 @@ class KernelStamp(Stamp):
         if problem == TableState().problem:
             return BackendUnavailable(errno.ENOENT, problem)
         return BackendError(errno.EINVAL, problem)
+
+
+def _check_marks_are_told() -> None:
+    """Raise BackendUnavailable where the kernel tells no datagram's mark to this process."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        if not receive_marks(probe):
+            raise BackendUnavailable(
+                errno.EOPNOTSUPP,
+                "this kernel does not tell datagrams' marks (SO_RCVMARK): it takes Linux 5.19, "
+                "and on some kernels up to 6.3 CAP_NET_ADMIN or CAP_NET_RAW",
+            )
 
 
 async def open_stamp(

@@ -1,7 +1,9 @@
-"""Inbound IPsec that relies on marks of its own: where there is any, the stamp must stay away.
+"""IPsec that relies on marks of its own: where there is any, the stamp must stay away.
 
-A policy that is matched by mark is looked up again after input. Once the stamp had rewritten that
-mark, a require-ESP policy would let clear packets through, and a marked SA would not be found.
+An inbound policy that is matched by mark is looked up again after input. Once the stamp had
+rewritten that mark, a require-ESP policy would let clear packets through, and a marked SA would not
+be found. Outbound policies are matched with the mark of the socket: an accepted connection's is the
+stamp's, datagrams' sockets have none of it.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ class MarkUsers:
     """Who uses marks, each described for an operator.
 
     ``policies``: inbound policies with a mark; ``states``: SAs with a mark; ``set_marks``: SAs that
-    set one on what they decrypt.
+    set one on what they decrypt; ``outbound``: outbound policies with a mark.
     """
 
     policies: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
     set_marks: tuple[str, ...] = ()
+    outbound: tuple[str, ...] = ()
 
     @property
     def problem(self) -> str:
@@ -45,6 +48,16 @@ class MarkUsers:
         found = [f"{what}: {_listed(who)}" for what, who in parts if who]
         return f"marks belong to someone else here ({'; '.join(found)})" if found else ""
 
+    @property
+    def tcp_problem(self) -> str:
+        """Why TCP at least cannot be stamped; empty where it can."""
+        if not self.outbound:
+            return ""
+        return (
+            "TCP cannot be stamped where outbound policies have a mark "
+            f"({_listed(self.outbound)}): accepted connections would carry SPIs into them"
+        )
+
 
 def _listed(who: tuple[str, ...]) -> str:
     more = f" and {len(who) - _SHOWN} more" if len(who) > _SHOWN else ""
@@ -52,14 +65,16 @@ def _listed(who: tuple[str, ...]) -> str:
 
 
 def mark_users(sas: Iterable[SA], policies: Iterable[Policy]) -> MarkUsers:
-    """Find who uses marks inbound. An SA that is not known to be outbound counts as inbound."""
+    """Find who uses marks. An SA that is not known to be outbound counts as inbound."""
     inbound = [sa for sa in sas if sa.direction is not Direction.OUT]
+    marked: dict[Direction, list[str]] = {direction: [] for direction in Direction}
+    for policy in policies:
+        if policy.mark.mask:
+            mark = f"mark {policy.mark.value:#x}/{policy.mark.mask:#x}"
+            marked[policy.direction].append(f"{policy.selector} {mark}")
     return MarkUsers(
-        policies=tuple(
-            f"{policy.selector} mark {policy.mark.value:#x}/{policy.mark.mask:#x}"
-            for policy in policies
-            if policy.direction is Direction.IN and policy.mark.mask
-        ),
+        policies=tuple(marked[Direction.IN]),
+        outbound=tuple(marked[Direction.OUT]),
         states=tuple(
             f"spi {sa.spi:#010x} mark {sa.mark.value:#x}/{sa.mark.mask:#x}"
             for sa in inbound

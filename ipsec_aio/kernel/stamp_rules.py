@@ -26,8 +26,9 @@
 
 Rules:
 
-* Ports that are not served keep their marks. What has no port that nft can find falls through and
-  is cleared: a packet that reaches a served socket never keeps a mark that we did not write.
+* Ports that are not served keep their marks. What has no port that nft can find (later fragments
+  of IPv6, what is cut short) falls through and is cleared: a packet that reaches a served socket
+  never keeps a mark that we did not write.
 * Over IPv6 nft looks behind an AH header that is still to be checked; such a packet comes again
   when it has been.
 * A connection is stamped by its SYN. Clear segments are kept off it once it has a full socket;
@@ -35,10 +36,12 @@ Rules:
   completes a handshake just as well.
 * ``input`` comes last of all that could write marks: iptables' mangle is at -150, connection
   tracking's helpers at 300, and only the kernel's own confirmation (INT_MAX) must stay behind.
-* ``fragments`` comes before defragmentation (-400). Fragments that are forwarded (unicast, not
-  ours) pass. Linux fragments IPv6 datagrams inside a tunnel, before ESP: where large ones come in
-  tunnel mode over IPv6, fragments must be kept. Without that chain they are: that is how readers
-  know.
+* ``fragments`` comes before defragmentation (-400) and drops every decrypted fragment to an
+  address of this namespace, of whatever protocol and port, also while the set is empty: only first
+  fragments have a port, and one that already waits for the others would mix with clear ones as
+  soon as its port is served. Fragments that are forwarded (unicast, not ours) pass. Linux
+  fragments IPv6 datagrams inside a tunnel, before ESP, gateways may do so with IPv4: where such
+  come in, fragments must be kept. Without that chain they are: that is how readers know.
 """
 
 from __future__ import annotations

@@ -24,7 +24,15 @@ from .nfnetlink import (
     sent,
     text,
 )
-from .stamp_foreign import LateTable, late_tables, own_table, writers
+from .stamp_foreign import (
+    ForeignTable,
+    is_late,
+    is_leaving,
+    own_table,
+    readers,
+    tables_with,
+    writers,
+)
 from .stamp_rules import (
     CHAINS,
     FRAGMENTS,
@@ -45,6 +53,7 @@ __all__ = [
     "install",
     "ports_of",
     "read",
+    "read_readers",
     "remove",
     "remove_ports",
     "try_out",
@@ -117,7 +126,7 @@ class TableState:
     ports: frozenset[Port] = frozenset()
     faults: tuple[str, ...] = ()
     late_writers: tuple[str, ...] = ()
-    late: frozenset[LateTable] = frozenset()
+    late: frozenset[ForeignTable] = frozenset()
     comment: str = ""
     handle: int = 0
 
@@ -157,15 +166,8 @@ def read(netlink: NftSocket) -> TableState:
 
 def _read(netlink: NftSocket) -> TableState:
     chains = netlink.dump(nft.NFT_MSG_GETCHAIN, family=0)
-    late = late_tables(chains)
-    rules = [
-        rule
-        for table in late
-        for rule in netlink.dump(
-            nft.NFT_MSG_GETRULE, [("NFTA_RULE_TABLE", table.name)], family=table.family
-        )
-    ]
-    found = writers(chains, rules, late)
+    late = tables_with(is_late, chains)
+    found = writers(chains, _rules_of(netlink, late))
     try:
         table = netlink.get(nft.NFT_MSG_GETTABLE, _THIS_TABLE)
     except NftError as error:
@@ -201,6 +203,28 @@ def _read(netlink: NftSocket) -> TableState:
         comment=text(table.attributes.get("NFTA_TABLE_USERDATA", b"")[2:]),
         handle=number(table.attributes.get("NFTA_TABLE_HANDLE")),
     )
+
+
+def read_readers(netlink: NftSocket) -> tuple[str, ...]:
+    """Name the foreign rules that look at the mark of what this host sends; may take long.
+
+    Raises as :func:`read`.
+    """
+    try:
+        chains = netlink.dump(nft.NFT_MSG_GETCHAIN, family=0)
+        return readers(chains, _rules_of(netlink, tables_with(is_leaving, chains)))
+    except NftError as error:
+        raise nfnetlink.failure(error.errno, "read the tables") from None
+
+
+def _rules_of(netlink: NftSocket, tables: Iterable[ForeignTable]) -> list[Message]:
+    return [
+        rule
+        for table in tables
+        for rule in netlink.dump(
+            nft.NFT_MSG_GETRULE, [("NFTA_RULE_TABLE", table.name)], family=table.family
+        )
+    ]
 
 
 def _name(chain: Message) -> str:

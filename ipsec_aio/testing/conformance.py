@@ -3,6 +3,8 @@
 A backend's author supplies a :class:`Bench`, which plays the operator, and a fixture of that
 name::
 
+    from ipsec_aio.testing import BackendConformance
+
     class TestMyBackend(BackendConformance):
         @pytest.fixture
         async def bench(self):
@@ -48,8 +50,12 @@ class Bench(ABC):
     Addresses are text, algorithms go by their kernel names, ``spi`` is a number; keys are the
     bench's own affair. A change is told to the backend by the time its method returns, so that
     the backend's ``drain`` takes it in. ``local`` is an address of this system, the others are
-    not. The bench starts without SAs and policies.
+    not. The bench starts without SAs and policies, and with a stamp that stands.
     """
+
+    forges = True
+    """Whether a datagram can bear the number of an SA that is not its own. False where the backend
+    plays the stamp by itself, as the memory backend does."""
 
     local = "192.0.2.1"
     peer = "192.0.2.2"
@@ -79,6 +85,22 @@ class Bench(ABC):
         """Delete it."""
 
     @abstractmethod
+    async def expire_sa(
+        self, *, src: str, dst: str, spi: int, proto: str = "esp", hard: bool
+    ) -> None:
+        """Let it expire: hard, and it is gone; soft, and it still works."""
+
+    @abstractmethod
+    async def hold_sas(self) -> None:
+        """Let what :meth:`add_sa` adds from now on be nothing that the backend can know yet: its
+        packets are faster.
+        """
+
+    @abstractmethod
+    async def release_sas(self) -> None:
+        """Let the backend know of them."""
+
+    @abstractmethod
     async def flush_sas(self) -> None:
         """Delete all SAs with one command."""
 
@@ -99,6 +121,14 @@ class Bench(ABC):
     @abstractmethod
     async def delete_policy(self, *, src: str, dst: str, direction: str = "in") -> None:
         """Delete it."""
+
+    @abstractmethod
+    async def lose_stamp(self) -> None:
+        """Have no stamp cover anything any more."""
+
+    @abstractmethod
+    async def restore_stamp(self) -> None:
+        """Have it again."""
 
     @abstractmethod
     async def lose_events(self) -> None:
@@ -249,6 +279,86 @@ class BackendConformance(Arrivals):
         assert bench.backend.epoch != epoch
         assert not token.alive
         assert token.protected, "it vouches for the packets that it came with"
+
+    async def test_a_miss_is_not_an_absence(self, bench: Bench) -> None:
+        """A packet may be here before the news of its SA."""
+        await bench.hold_sas()
+        await self._sa(bench, 0x1001)
+        early = await self._arrive(bench, 0x1001)
+        assert early.assurance is Assurance.UNKNOWN
+        assert early.pending
+        assert not early.protected
+        assert early.privacy_protected is None
+        waiting = asyncio.ensure_future(early.resolved(5))
+        await bench.release_sas()
+        bench.backend.drain()
+        token = await waiting
+        assert token.assurance is Assurance.EXACT
+        assert token.protected
+        assert not token.pending
+        assert await self._arrive(bench, 0x1001) is token
+
+    async def test_what_stays_missing_is_unknown_for_good(self, bench: Bench) -> None:
+        await bench.hold_sas()
+        await self._sa(bench, 0x1001)
+        early = await self._arrive(bench, 0x1001)
+        await bench.pass_time(PENDING_SECONDS + 0.1)
+        assert not early.pending
+        await bench.release_sas()
+        bench.backend.drain()
+        assert await early.resolved(5) is early
+        assert early.assurance is Assurance.UNKNOWN
+        assert not early.protected
+        assert (await self._arrive(bench, 0x1001)).protected
+
+    async def test_an_sa_s_number_from_another_address_proves_nothing(self, bench: Bench) -> None:
+        await self._sa(bench, 0x1001)
+        token = await self._arrive(bench, 0x1001, bench.other)
+        assert token.assurance is (Assurance.UNKNOWN if bench.forges else Assurance.NONE)
+        assert not token.protected
+        assert token.sa is None
+
+    async def test_an_sa_that_should_be_rekeyed_still_works(self, bench: Bench) -> None:
+        await self._sa(bench, 0x1001)
+        token = await self._arrive(bench, 0x1001)
+        await bench.expire_sa(src=bench.peer, dst=bench.local, spi=0x1001, hard=False)
+        bench.backend.drain()
+        assert token.alive
+        assert await self._arrive(bench, 0x1001) is token
+        assert [sa.spi for sa in token.sas] == [0x1001]
+
+    async def test_an_sa_that_expired_is_gone(self, bench: Bench) -> None:
+        await self._sa(bench, 0x1001)
+        token = await self._arrive(bench, 0x1001)
+        epoch = bench.backend.epoch
+        await bench.expire_sa(src=bench.peer, dst=bench.local, spi=0x1001, hard=True)
+        bench.backend.drain()
+        assert bench.backend.epoch != epoch
+        assert not token.alive
+        assert token.sas == ()
+        assert token.protected, "it vouches for the packets that it came with"
+
+    async def test_a_stamp_that_was_lost_is_another_one(self, bench: Bench) -> None:
+        await self._sa(bench, 0x1001)
+        backend = bench.backend
+        registration = await backend.register(IPPROTO_UDP, PORT)
+        evidence = bench.stamped(0x1001, bench.peer, registration)
+        backend.drain()
+        token = backend.resolve(evidence)
+        assert token.protected
+        generations, epochs = [registration.generation], [backend.epoch]
+        for change in (bench.lose_stamp, bench.restore_stamp):
+            await change()
+            backend.drain()
+            generations.append(registration.generation)
+            epochs.append(backend.epoch)
+            assert backend.resolve(evidence).assurance is Assurance.UNKNOWN
+        first, lost, second = generations
+        assert lost == 0
+        assert second not in (0, first)
+        assert len(set(epochs)) == 3
+        assert backend.resolve(bench.stamped(0x1001, bench.peer, registration)) is token
+        registration.close()
 
     async def test_a_flush_takes_all(self, bench: Bench) -> None:
         await self._sa(bench, 0x1001)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import socket
+import struct
 from collections.abc import AsyncIterator
 
 import pytest
 from hosts import Host, run
 
 from ipsec_aio.backends.xfrm import XfrmBackend
-from ipsec_aio.testing.conformance import BackendConformance, Bench
+from ipsec_aio.flow import pack_address
+from ipsec_aio.testing import BackendConformance, Bench
 
 KEY = "0x" + "4b" * 20
+MARKED = "src 203.0.113.1 dst 203.0.113.2 dir in mark 5"
 ANY = {"any": "0.0.0.0/0"}
 
 
@@ -23,6 +28,7 @@ class KernelBench(Bench):
 
     def __init__(self, backend: XfrmBackend, bob: Host, alice: Host, carol: Host) -> None:
         super().__init__(backend)
+        self.held: list[list[str]] | None = None
         self.local, self.peer, self.other = bob.v4, alice.v4, carol.v4
         self.late = 0.0
         clock = backend.clock
@@ -49,10 +55,35 @@ class KernelBench(Bench):
             words += ["auth-trunc", authentication, KEY, "96"]
         if encryption:
             words += ["enc", encryption, "" if "null" in encryption else KEY[:34]]
-        run(*words)
+        if self.held is not None:
+            self.held.append(words)
+        else:
+            run(*words)
 
     async def delete_sa(self, *, src: str, dst: str, spi: int, proto: str = "esp") -> None:
         run(*f"ip xfrm state delete src {src} dst {dst} proto {proto} spi {spi:#x}".split())
+
+    async def expire_sa(
+        self, *, src: str, dst: str, spi: int, proto: str = "esp", hard: bool
+    ) -> None:
+        """Tell the kernel, as a keying daemon may (XFRM_MSG_EXPIRE)."""
+        body = bytearray(232)
+        number = {"esp": 50, "ah": 51}[proto]
+        struct.pack_into("!16sIB", body, 56, pack_address(dst), spi, number)
+        struct.pack_into("=H", body, 212, socket.AF_INET)
+        body[224] = hard
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6) as requests:
+            requests.send(struct.pack("=IHHII", 16 + len(body), 0x18, 0x5, 1, 0) + body)
+            (code,) = struct.unpack_from("=i", requests.recv(4096), 16)
+        assert not code, os.strerror(-code)
+
+    async def hold_sas(self) -> None:
+        self.held = []
+
+    async def release_sas(self) -> None:
+        held, self.held = self.held, None
+        for words in held or ():
+            run(*words)
 
     async def flush_sas(self) -> None:
         run("ip", "xfrm", "state", "flush")
@@ -77,6 +108,13 @@ class KernelBench(Bench):
     async def delete_policy(self, *, src: str, dst: str, direction: str = "in") -> None:
         src, dst = ANY.get(src, src), ANY.get(dst, dst)
         run(*f"ip xfrm policy delete src {src} dst {dst} dir {direction}".split())
+
+    async def lose_stamp(self) -> None:
+        """Have somebody else use marks."""
+        run(*f"ip xfrm policy add {MARKED} priority 1".split())
+
+    async def restore_stamp(self) -> None:
+        run(*f"ip xfrm policy delete {MARKED}".split())
 
     async def lose_events(self) -> None:
         """Fill the event socket until the kernel gives up."""

@@ -14,7 +14,7 @@ from typing import cast
 
 import xfrm_messages as m
 
-from ipsec_aio.wire.netlink import attribute
+from ipsec_aio.wire.netlink import attribute, attributes
 
 NETLINK_ROUTE, NETLINK_XFRM = 0, 6
 Reply = bytes | OSError
@@ -52,11 +52,10 @@ XFRM_GROUPS = {
     m.MAPPING: 8,
 }
 # RTNLGRP_*, by address family where there is one for each.
-ROUTE_GROUPS: dict[int, dict[int, int]] = {
-    **{kind: {socket.AF_UNSPEC: 1, socket.AF_BRIDGE: 1} for kind in (16, 17)},
-    **{kind: {socket.AF_INET: 5, socket.AF_INET6: 9} for kind in (20, 21)},
-    **{kind: {socket.AF_INET: 8, socket.AF_INET6: 19} for kind in (32, 33)},
-}
+LINK = {socket.AF_UNSPEC: 1, socket.AF_BRIDGE: 1}
+ADDRESS = {socket.AF_INET: 5, socket.AF_INET6: 9}
+RULE = {socket.AF_INET: 8, socket.AF_INET6: 19}
+ROUTE_GROUPS = {16: LINK, 17: LINK, 20: ADDRESS, 21: ADDRESS, 32: RULE, 33: RULE}
 
 
 def group_of(datagram: Reply, protocol: int) -> int | None:
@@ -67,6 +66,25 @@ def group_of(datagram: Reply, protocol: int) -> int | None:
     if protocol == NETLINK_XFRM:
         return XFRM_GROUPS.get(kind)
     return ROUTE_GROUPS[kind][datagram[16]]
+
+
+def answers(info: bytes, wanted: bytes) -> bool:
+    """Whether a GETSA finds this SA: by address, SPI, family, protocol and mark, not by if_id."""
+    value, mask = mark_of(wanted[24:])
+    theirs, their_mask = mark_of(info[224:])
+    return (
+        info[56:76] == wanted[:20]
+        and info[212:214] == wanted[20:22]
+        and info[76] == wanted[22]
+        and value & mask & their_mask == theirs
+    )
+
+
+def mark_of(told: bytes) -> tuple[int, int]:
+    for number, start, end in attributes(told, 0, len(told)):
+        if number == 21:
+            return struct.unpack("=II", told[start:end])
+    return 0, 0
 
 
 class FakeKernel:
@@ -115,7 +133,7 @@ class FakeKernel:
             return self.dump(m.NEWPOLICY, self.policies, sequence)
         if kind == m.GETSA:
             for info in self.sas:
-                if info[56:72] == payload[:16] and info[72:76] == payload[16:20]:
+                if answers(info, payload):
                     return [m.message(m.NEWSA, info, sequence=sequence)]
             return [error(errno.ESRCH, sequence=sequence)]
         return [m.message(m.GETDEFAULT, bytes([2, 2, 2, 0]), sequence=sequence)]

@@ -65,10 +65,19 @@ def test_each_is_documented(name: str) -> None:
     assert inspect.getdoc(getattr(ipsec_aio, name))
 
 
+def test_the_names_for_tests_are_the_declared_ones() -> None:
+    from ipsec_aio import testing
+
+    names = {"Arrivals", "BackendConformance", "Bench", "IdentityBench", "IdentityConformance"}
+    assert set(testing.__all__) == names
+    for name in names:
+        assert inspect.getdoc(getattr(testing, name))
+
+
 def test_importing_it_starts_nothing_heavy() -> None:
     code = (
-        "import sys, ipsec_aio; "
-        "print([m for m in sys.modules if m.partition('.')[0] in {'cryptography', 'uvloop'}])"
+        "import sys, ipsec_aio; heavy = {'cryptography', 'pytest', 'uvloop'}; "
+        "print([m for m in sys.modules if m.partition('.')[0] in heavy])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

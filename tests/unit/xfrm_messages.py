@@ -82,6 +82,18 @@ def sa_id(destination: bytes = B, *, spi: int = 0x1001, proto: int = 50, family:
     )
 
 
+def sa_deletion(info: bytes) -> bytes:
+    """What DELSA says of an SA: its id, then all of it; ``info`` is what NEWSA said."""
+    family, proto = info[212], info[76]
+    named = sa_id(info[56:72], spi=int.from_bytes(info[72:76]), proto=proto, family=family)
+    return named + attribute(6, info[:224]) + info[224:]
+
+
+def expire(info: bytes, *, hard: bool) -> bytes:
+    """What EXPIRE says of an SA: all but what it does; ``info`` is ``sa_info()`` and its key."""
+    return info[:224] + struct.pack("=B7x", hard) + info[224:]
+
+
 def policy_info(
     sel: bytes = selector(family=2, source_prefix=32, destination_prefix=32),
     *,
@@ -106,6 +118,20 @@ def policy_info(
 
 def policy_id(sel: bytes = selector(family=2), *, index: int = 0, direction: int = 0) -> bytes:
     return sel + struct.pack("=IB3x", index, direction)
+
+
+def policy_deletion(info: bytes) -> bytes:
+    """What DELPOLICY says of a policy: its selector and direction, then all of it."""
+    return policy_id(info[:56], direction=info[160]) + attribute(7, info[:168]) + info[168:]
+
+
+def policy_expire(info: bytes, *, hard: bool) -> bytes:
+    """What POLEXPIRE says of a policy."""
+    return info[:168] + struct.pack("=B7x", hard) + info[168:]
+
+
+def policy_type(kind: int = 0) -> bytes:
+    return attribute(16, struct.pack("=BxHBx", kind, 0, 0))
 
 
 def template(

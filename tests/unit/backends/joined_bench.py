@@ -14,7 +14,7 @@ from ipsec_aio.backends.join import XfrmViciBackend
 from ipsec_aio.backends.vici import ViciClient
 from ipsec_aio.identities import Identities
 from ipsec_aio.ike import EVENTS
-from ipsec_aio.testing.conformance import IdentityBench
+from ipsec_aio.testing import IdentityBench
 from ipsec_aio.wire.vici import Message, Packet, PacketType
 
 

@@ -21,7 +21,7 @@ from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, Evidence
 from ipsec_aio.flow import Flow, pack_address
 from ipsec_aio.identities import Identities
 from ipsec_aio.identity import AuthenticationMethod
-from ipsec_aio.testing.conformance import Arrivals, IdentityConformance
+from ipsec_aio.testing import Arrivals, IdentityConformance
 
 ALICE, BOB = "alice.example.org", "bob.example.org"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ipsec_aio.backends.memory import MemoryBackend
-from ipsec_aio.testing.conformance import (
+from ipsec_aio.testing import (
     BackendConformance,
     Bench,
     IdentityBench,
@@ -16,6 +16,7 @@ from ipsec_aio.testing.conformance import (
 class MemoryBench(Bench):
     backend: MemoryBackend
     awaits_identities = False
+    forges = False
 
     def __init__(self, backend: MemoryBackend) -> None:
         super().__init__(backend)
@@ -38,6 +39,15 @@ class MemoryBench(Bench):
     async def delete_sa(self, *, src, dst, spi, proto="esp"):
         self.backend.delete_sa(self.sas[src, dst, spi, proto])
 
+    async def expire_sa(self, *, src, dst, spi, proto="esp", hard):
+        self.backend.expire(self.sas[src, dst, spi, proto], hard=hard)
+
+    async def hold_sas(self):
+        self.backend.hold_events()
+
+    async def release_sas(self):
+        self.backend.release_events()
+
     async def flush_sas(self):
         self.backend.flush_sas()
 
@@ -48,6 +58,12 @@ class MemoryBench(Bench):
 
     async def delete_policy(self, *, src, dst, direction="in"):
         self.backend.delete_policy(self.policies[src, dst, direction])
+
+    async def lose_stamp(self):
+        self.backend.lose_stamp()
+
+    async def restore_stamp(self):
+        self.backend.restore_stamp()
 
     async def lose_events(self):
         self.backend.lose_events()

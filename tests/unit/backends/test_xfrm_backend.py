@@ -23,11 +23,17 @@ from xfrm_bench import FakeBench, synced
 
 from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.enums import Assurance, PolicyAction
-from ipsec_aio.errors import BackendDenied, BackendOverrun, BackendUnavailable, CodecError
+from ipsec_aio.errors import (
+    BackendDenied,
+    BackendError,
+    BackendOverrun,
+    BackendUnavailable,
+    CodecError,
+)
 from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, Evidence
-from ipsec_aio.flow import pack_address
+from ipsec_aio.flow import Mark, pack_address
 from ipsec_aio.sa import SAKey
-from ipsec_aio.testing.conformance import BackendConformance, Bench
+from ipsec_aio.testing import BackendConformance, Bench
 from ipsec_aio.tokens import PToken
 from ipsec_aio.wire.netlink import attribute
 
@@ -100,7 +106,7 @@ async def test_events_are_followed_by_draining(kernel: FakeKernel, backend: Xfrm
     assert backend.mirror.get(KEY._replace(spi=9)) is None
     backend.drain()
     assert backend.mirror.get(KEY._replace(spi=9)) is not None
-    kernel.emit(m.message(m.DELSA, m.sa_id(spi=9)))
+    kernel.emit(m.message(m.DELSA, m.sa_deletion(gcm(spi=9))))
     backend.drain()
     assert backend.mirror.get(KEY._replace(spi=9)) is None
     assert backend.epoch != epoch
@@ -122,7 +128,7 @@ async def test_events_during_the_dump_are_played_on_it(kernel: FakeKernel) -> No
     def answer(protocol: int, kind: int, sequence: int, payload: bytes) -> list[Reply]:
         replies = usual(protocol, kind, sequence, payload)
         if kind == m.GETPOLICY:
-            kernel.emit(m.message(m.DELSA, m.sa_id()), m.message(m.NEWSA, gcm(spi=5)))
+            kernel.emit(m.message(m.DELSA, m.sa_deletion(gcm())), m.message(m.NEWSA, gcm(spi=5)))
         return replies
 
     kernel.answer = answer
@@ -163,7 +169,7 @@ async def test_an_update_may_change_the_interface_id(
 
 async def test_an_update_of_what_is_gone_since(kernel: FakeKernel, backend: XfrmBackend) -> None:
     kernel.sas.clear()
-    kernel.emit(m.message(m.UPDSA, gcm(reqid=99)), m.message(m.DELSA, m.sa_id()))
+    kernel.emit(m.message(m.UPDSA, gcm(reqid=99)), m.message(m.DELSA, m.sa_deletion(gcm())))
     backend.drain()
     assert backend.mirror.get(KEY) is None
 
@@ -175,6 +181,20 @@ async def test_a_missing_sa_is_asked_for(kernel: FakeKernel, backend: XfrmBacken
     kernel.sas.append(gcm(spi=0x2002))
     assert backend.lookup_missing(key)
     assert backend.mirror.get(key) is not None
+
+
+async def test_a_missing_sa_is_asked_for_by_all_that_names_it(
+    kernel: FakeKernel, backend: XfrmBackend
+) -> None:
+    """Another protocol's, and one with a mark that the question does not bear, are not found."""
+    kernel.sas += [gcm(spi=0x2002), gcm(spi=0x2003) + m.mark(5, 0xFF)]
+    marked = KEY._replace(spi=0x2003, mark=Mark(5, 0xFF))
+    for other in (KEY._replace(spi=0x2002, proto=51), KEY._replace(spi=0x2003)):
+        assert backend.lookup_missing(other)
+        assert len(backend.mirror) == 1
+    for there in (KEY._replace(spi=0x2002), marked):
+        assert backend.lookup_missing(there)
+        assert backend.mirror.get(there) is not None
 
 
 async def test_asking_takes_in_what_was_told_before(
@@ -731,6 +751,24 @@ async def test_the_stamp_goes_also_where_asking_for_an_sa_read_of_the_need(
     await backend.aclose()
 
 
+@pytest.mark.usefixtures("netns")
+async def test_tcp_is_not_stamped_when_routing_looks_at_marks(kernel: FakeKernel) -> None:
+    async with XfrmBackend(stamp="install", socket_factory=kernel.socket) as backend:
+        await backend.start()
+        tcp = await backend.register(IPPROTO_TCP, 5000)
+        udp = await backend.register(IPPROTO_UDP, 5000)
+        assert tcp.generation
+        ip("rule add fwmark 0x4000 lookup 100")
+        backend.drain()
+        assert tcp.generation == 0
+        assert udp.generation
+        with pytest.raises(BackendError, match="0x4000"):
+            await backend.register(IPPROTO_TCP, 5001)
+        tcp.close()
+        udp.close()
+
+
+@pytest.mark.usefixtures("netns")
 async def test_what_sas_to_other_hosts_mark_is_of_no_concern(kernel: FakeKernel) -> None:
     backend = XfrmBackend(stamp="install", socket_factory=kernel.socket)
     await backend.start()

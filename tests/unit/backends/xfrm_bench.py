@@ -7,16 +7,20 @@ import errno
 from typing import Any
 
 import xfrm_messages as m
-from fake_netlink import FakeKernel
+from fake_netlink import FakeKernel, answers
 
 from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.flow import pack_address
-from ipsec_aio.testing.conformance import Bench
+from ipsec_aio.testing import Bench
 from ipsec_aio.wire.netlink import attribute
 
 PROTOS = {"esp": 50, "ah": 51}
 MODES = {"transport": 0, "tunnel": 1, "beet": 4}
 DIRECTIONS = {"in": 0, "out": 1, "fwd": 2}
+
+ELSEWHERE = (bytes([203, 0, 113, 1]), bytes([203, 0, 113, 2]))
+SELECTOR = m.selector(*ELSEWHERE, family=2, source_prefix=32, destination_prefix=32)
+MARKED = m.policy_info(SELECTOR, index=1 << 20) + m.mark(5, 0xFF)
 
 
 async def synced(backend: XfrmBackend) -> None:
@@ -39,6 +43,7 @@ class FakeBench(Bench):
         self.kernel = kernel
         self.late = 0.0
         self.index = 0
+        self.held: list[bytes] | None = None
         kernel.local.add(pack_address(self.local))
         clock = backend.clock
         backend.clock = backend.resolver.clock = lambda: clock() + self.late
@@ -70,15 +75,39 @@ class FakeBench(Bench):
             payload += m.algorithm(2, encryption, 0 if "null" in encryption else 128)
         if authentication:
             payload += m.algorithm(20, authentication, 256, 128)
+        if self.held is not None:
+            self.held.append(payload)
+        else:
+            self._tell(payload)
+
+    def _tell(self, payload: bytes) -> None:
         self.kernel.sas.append(payload)
         self.kernel.emit(m.message(m.NEWSA, payload))
 
     async def delete_sa(self, *, src: str, dst: str, spi: int, proto: str = "esp") -> None:
+        gone = self._find(dst, spi, proto)
+        self.kernel.sas.remove(gone)
+        self.kernel.emit(m.message(m.DELSA, m.sa_deletion(gone)))
+
+    def _find(self, dst: str, spi: int, proto: str) -> bytes:
         name = m.sa_id(pack_address(dst), spi=spi, proto=PROTOS[proto])
-        self.kernel.sas = [
-            s for s in self.kernel.sas if s[56:76] != name[:20] or s[76] != PROTOS[proto]
-        ]
-        self.kernel.emit(m.message(m.DELSA, name))
+        return next(sa for sa in self.kernel.sas if answers(sa, name))
+
+    async def expire_sa(
+        self, *, src: str, dst: str, spi: int, proto: str = "esp", hard: bool
+    ) -> None:
+        expired = self._find(dst, spi, proto)
+        if hard:
+            self.kernel.sas.remove(expired)
+        self.kernel.emit(m.message(m.EXPIRE, m.expire(expired[:224], hard=hard)))
+
+    async def hold_sas(self) -> None:
+        self.held = []
+
+    async def release_sas(self) -> None:
+        held, self.held = self.held, None
+        for payload in held or ():
+            self._tell(payload)
 
     async def flush_sas(self) -> None:
         self.kernel.sas.clear()
@@ -111,10 +140,19 @@ class FakeBench(Bench):
         self.kernel.emit(m.message(m.NEWPOLICY, payload))
 
     async def delete_policy(self, *, src: str, dst: str, direction: str = "in") -> None:
-        info = self._policy(src, dst, direction)
-        self.kernel.policies = [p for p in self.kernel.policies if p[:56] != info[:56]]
-        name = m.policy_id(info[:56], direction=DIRECTIONS[direction])
-        self.kernel.emit(m.message(m.DELPOLICY, name + attribute(7, info)))
+        key = self._policy(src, dst, direction)[:56], DIRECTIONS[direction]
+        gone = next(p for p in self.kernel.policies if (p[:56], p[160]) == key)
+        self.kernel.policies.remove(gone)
+        self.kernel.emit(m.message(m.DELPOLICY, m.policy_deletion(gone)))
+
+    async def lose_stamp(self) -> None:
+        """Have somebody else use marks."""
+        self.kernel.policies.append(MARKED)
+        self.kernel.emit(m.message(m.NEWPOLICY, MARKED))
+
+    async def restore_stamp(self) -> None:
+        self.kernel.policies.remove(MARKED)
+        self.kernel.emit(m.message(m.DELPOLICY, m.policy_deletion(MARKED)))
 
     async def lose_events(self) -> None:
         self.kernel.emit(OSError(errno.ENOBUFS, "No buffer space available"))

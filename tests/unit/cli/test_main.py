@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 import ipsec_aio.__main__
 from ipsec_aio.__main__ import main
 from ipsec_aio.cli import stamp as cli
-from ipsec_aio.errors import BackendDenied, BackendUnavailable
+from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable
 from ipsec_aio.kernel import stamp_table
-from ipsec_aio.kernel.nfnetlink import NftSocket, Request, nft
+from ipsec_aio.kernel.nfnetlink import Expression, NftError, NftSocket, Request, expression, nft
 from ipsec_aio.kernel.stamp_marks import MarkUsers
 from ipsec_aio.kernel.stamp_rules import INPUT, INPUT_PRIORITY
 from ipsec_aio.kernel.stamp_table import Port, TableState
@@ -126,22 +127,28 @@ def test_a_table_that_a_process_owns_is_left(admin: NftSocket, capsys: Captured)
 
 
 def late_writer(netlink: NftSocket) -> None:
-    place = [("NFTA_HOOK_HOOKNUM", 1), ("NFTA_HOOK_PRIORITY", INPUT_PRIORITY)]
+    foreign_rule(netlink, "late", 1, INPUT_PRIORITY, INPUT.rules[-2].expressions)
+
+
+def foreign_rule(
+    netlink: NftSocket, table: str, hook: int, priority: int, expressions: Sequence[Expression]
+) -> None:
+    place = [("NFTA_HOOK_HOOKNUM", hook), ("NFTA_HOOK_PRIORITY", priority)]
     chain = [
-        ("NFTA_CHAIN_TABLE", "late"),
+        ("NFTA_CHAIN_TABLE", table),
         ("NFTA_CHAIN_NAME", "last"),
         ("NFTA_CHAIN_HOOK", {"attrs": place}),
         ("NFTA_CHAIN_TYPE", "filter"),
     ]
     rule = [
-        ("NFTA_RULE_TABLE", "late"),
+        ("NFTA_RULE_TABLE", table),
         ("NFTA_RULE_CHAIN", "last"),
-        ("NFTA_RULE_EXPRESSIONS", INPUT.rules[-2].expressions),
+        ("NFTA_RULE_EXPRESSIONS", expressions),
     ]
     create = nft.NLM_F_CREATE
     netlink.commit(
         [
-            Request(nft.NFT_MSG_NEWTABLE, [("NFTA_TABLE_NAME", "late")], create),
+            Request(nft.NFT_MSG_NEWTABLE, [("NFTA_TABLE_NAME", table)], create),
             Request(nft.NFT_MSG_NEWCHAIN, chain, create),
             Request(nft.NFT_MSG_NEWRULE, rule, create),
         ]
@@ -172,6 +179,62 @@ def test_marks_of_others_are_refused_and_shown(admin: NftSocket, capsys: Capture
     assert not stamp_table.read(admin).installed
     assert main(["stamp", "status"]) == 1
     assert "mark 0x5/0xffffffff" in capsys.readouterr().out
+
+
+def mark_rule(verb: str) -> None:
+    words = f"rule {verb} priority 100 fwmark 0x4000/0x4000 lookup 100"
+    subprocess.run(["ip", *words.split()], check=True)
+
+
+def test_routing_that_looks_at_marks_is_shown_and_refuses_tcp(
+    admin: NftSocket, capsys: Captured
+) -> None:
+    mark_rule("add")
+    assert main([*INSTALL, "tcp/5000", "--port", "udp/5000"]) == 1
+    assert "(ip rule 100: fwmark 0x4000/0x4000)" in capsys.readouterr().err
+    assert not stamp_table.read(admin).installed
+    assert sysctl_value() == "0"
+    assert main([*INSTALL, "udp/5000"]) == 0
+    assert main(["stamp", "status"]) == 0
+    assert "ip rule 100: fwmark 0x4000/0x4000" in capsys.readouterr().out
+    mark_rule("del")
+    assert main([*INSTALL, "tcp/5000"]) == 0
+    mark_rule("add")
+    capsys.readouterr()
+    assert main(["stamp", "status"]) == 1
+    assert "installed, NOT verified" in capsys.readouterr().out
+
+
+def test_tcp_without_its_sysctl_is_a_problem(admin: NftSocket, capsys: Captured) -> None:
+    assert main([*INSTALL, "tcp/5000"]) == 0
+    assert main(["stamp", "status"]) == 0
+    with open("/proc/sys/net/ipv4/tcp_fwmark_accept", "w") as file:
+        file.write("0")
+    capsys.readouterr()
+    assert main(["stamp", "status"]) == 1
+    out = capsys.readouterr().out
+    assert "installed, NOT verified" in out
+    assert "tcp_fwmark_accept = 0: TCP cannot be stamped" in out
+
+
+def test_rules_that_look_at_the_marks_of_replies_are_shown(
+    admin: NftSocket, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["stamp", "status"]) == 1
+    assert "read marks  none\n" in capsys.readouterr().out
+    foreign_rule(admin, "masquerade", 4, 100, (expression("meta", key=3, dreg=1),))
+    assert main([*INSTALL, "tcp/5000"]) == 0
+    capsys.readouterr()
+    assert main(["stamp", "status"]) == 0
+    shown = "read marks  table inet masquerade chain last rule handle 2: looks at the mark\n"
+    assert shown in capsys.readouterr().out
+
+    def changing(*_: object, **__: object) -> None:
+        raise NftError(errno.EINTR)
+
+    monkeypatch.setattr(admin, "dump", changing)
+    with pytest.raises(BackendError, match="cannot read the tables"):
+        stamp_table.read_readers(admin)
 
 
 def test_a_failed_install_gives_the_sysctl_back(

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,8 @@ from hypothesis.stateful import (
 )
 
 from ipsec_aio.errors import BackendDenied, BackendError, BackendUnavailable
-from ipsec_aio.kernel import nfnetlink, stamp_table
+from ipsec_aio.kernel import nfnetlink, sockopts, stamp_table
+from ipsec_aio.kernel import stamp as stamp_module
 from ipsec_aio.kernel.nfnetlink import (
     EventSocket,
     Expression,
@@ -673,6 +675,122 @@ async def test_marks_make_a_table_of_others_useless_and_leave_it(
     assert stamp_table.read(admin).installed
 
 
+def ip_rule(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True)
+
+
+@pytest.mark.parametrize(
+    ("add", "shown"),
+    [
+        ("rule add priority 100 fwmark 0x4000/0x4000 lookup 100", "ip rule 100: fwmark 0x4000/0x4"),
+        ("-6 rule add priority 7 not fwmark 5 lookup 9", "ip -6 rule 7: fwmark 0x5/0xffffffff"),
+        ("rule add priority 8 fwmark 0/0xff lookup 9", "ip rule 8: fwmark 0x0/0xff"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["install", "require"])
+async def test_tcp_is_refused_where_routing_looks_at_marks(
+    opened: Open, admin: NftSocket, mode: StampMode, add: str, shown: str
+) -> None:
+    """Accepted connections would carry SPIs into the rule; datagrams' sockets keep no marks."""
+    ip_rule(add)
+    if mode == "require":
+        persistent(admin)
+        set_sysctl(1)
+    stamp = await opened(mode)
+    with pytest.raises(BackendError, match="accepted connections would carry SPIs") as caught:
+        stamp.cover(TCP, 5000)
+    assert shown in str(caught.value)
+    assert sysctl_value() == (mode == "require")
+    assert stamp_table.read(admin).ports == set()
+    assert stamp.cover(UDP, 5000).generation
+
+
+async def test_a_rule_of_routing_that_comes_later_ends_tcp(opened: Open) -> None:
+    changed = asyncio.Event()
+    stamp = await opened("install", on_change=changed.set)
+    tcp, udp = stamp.cover(TCP, 5000), stamp.cover(UDP, 5000)
+    first = tcp.generation
+    assert first
+    assert stamp.tcp_ready()
+    changed.clear()
+    ip_rule("rule add fwmark 0x4000/0x4000 lookup 100")
+    # The loop is told.
+    await asyncio.wait_for(changed.wait(), 5)
+    assert tcp.generation == 0
+    assert udp.generation
+    assert not stamp.tcp_ready()
+    assert sysctl_value() == 0
+    ip_rule("rule del fwmark 0x4000/0x4000 lookup 100")
+    stamp.refresh()
+    assert tcp.generation > first
+    assert stamp.tcp_ready()
+
+
+async def test_rules_of_routing_without_marks_do_not_matter(opened: Open) -> None:
+    ip_rule("rule add from 192.0.2.0/24 lookup 100")
+    ip_rule("-6 rule add iif lo lookup 100")
+    stamp = await opened("install")
+    assert stamp.cover(TCP, 5000).generation
+
+
+async def test_use_does_not_stamp_tcp_where_routing_looks_at_marks(
+    opened: Open, admin: NftSocket
+) -> None:
+    persistent(admin)
+    set_sysctl(1)
+    ip_rule("rule add fwmark 1 lookup 100")
+    stamp = await opened("use")
+    assert stamp.cover(TCP, 5000).generation == 0
+    assert stamp.cover(UDP, 5000).generation
+    assert sysctl_value() == 1
+
+
+OUTBOUND = MarkUsers(outbound=("any → any mark 0x5/0xff",))
+
+
+async def test_tcp_is_refused_where_outbound_policies_have_marks(
+    opened: Open, admin: NftSocket
+) -> None:
+    users = [OUTBOUND]
+    stamp = await opened("install", marks=lambda: users[-1])
+    with pytest.raises(BackendError, match=r"outbound policies have a mark .*0x5/0xff"):
+        stamp.cover(TCP, 5000)
+    assert stamp.cover(UDP, 5000).generation
+    users.append(MarkUsers())
+    covered = stamp.cover(TCP, 5000)
+    assert covered.generation
+    users.append(OUTBOUND)
+    stamp.marks_changed()
+    assert covered.generation == 0
+
+
+async def test_a_mark_found_while_covering_drives_the_stamp_away(opened: Open) -> None:
+    users = [MarkUsers()]
+    stamp = await opened("install", marks=lambda: users[-1])
+    covered = stamp.cover(UDP, 5000)
+    users.append(MARKED)
+    with pytest.raises(BackendError, match="marks belong"):
+        stamp.cover(TCP, 5000)
+    assert covered.generation == 0
+
+
+@pytest.mark.parametrize("mode", ["install", "require"])
+async def test_datagrams_are_refused_where_the_kernel_tells_no_marks(
+    opened: Open, admin: NftSocket, monkeypatch: pytest.MonkeyPatch, mode: StampMode
+) -> None:
+    if mode == "require":
+        persistent(admin)
+    stamp, user = await opened(mode), await opened("use")
+    monkeypatch.setattr(sockopts, "SO_RCVMARK", 0x7FFF)  # as a kernel that does not know it
+    with pytest.raises(BackendUnavailable, match=r"SO_RCVMARK.*5\.19"):
+        stamp.cover(UDP, 5000)
+    assert stamp_table.read(admin).ports == set()
+    set_sysctl(1)
+    assert stamp.cover(TCP, 5000).generation
+    # The endpoint finds out by itself.
+    user.cover(UDP, 5000)
+
+
 async def test_lost_events_cost_the_generation(opened: Open, admin: NftSocket) -> None:
     persistent(admin)
     stamp = await opened("use")
@@ -714,6 +832,53 @@ async def test_what_could_not_be_read_is_read_again(
     assert stamp.generation > first
     stamp.close()
     assert stamp_table.read(admin).ports == {(UDP, 6000)}
+
+
+async def test_what_could_not_be_read_is_read_again_without_an_event(
+    opened: Open, admin: NftSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = asyncio.Event()
+    persistent(admin)
+    monkeypatch.setattr(stamp_module, "_RETRY_SECONDS", 0.001)
+    stamp = await opened("use", on_change=changed.set)
+    assert isinstance(stamp, KernelStamp)
+    first = stamp.cover(UDP, 5000).generation
+    asked: list[int] = []
+
+    def fails() -> int:
+        asked.append(1)
+        if len(asked) > 3:
+            patched.undo()
+        raise nfnetlink.NftError(errno.ENOMEM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stamp._netlink, "generation_id", fails)
+        stamp_table.add_ports(admin, [Port(UDP, 6000)])
+        stamp.refresh()
+        assert stamp.generation == 0
+        assert "Cannot allocate" in stamp.problem
+        async with asyncio.timeout(5):
+            while not stamp.generation:
+                changed.clear()
+                await changed.wait()
+    assert len(asked) == 4
+    assert stamp.generation > first
+
+
+async def test_a_closed_stamp_looks_no_more(
+    opened: Open, admin: NftSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    persistent(admin)
+    stamp = await opened("use")
+    assert isinstance(stamp, KernelStamp)
+    with monkeypatch.context() as patched:
+        patched.setattr(stamp_table, "_ATTEMPTS", 0)
+        stamp_table.add_ports(admin, [Port(UDP, 6000)])
+        stamp.refresh()
+    assert stamp._retry is not None
+    retry = stamp._retry
+    stamp.close()
+    assert retry.cancelled()
 
 
 async def test_an_event_socket_that_fails_costs_the_generation(

@@ -15,11 +15,18 @@ from ipsec_aio.kernel.nfnetlink import (
     sent,
     verdict,
 )
-from ipsec_aio.kernel.stamp_foreign import LateTable, is_late, late_tables, own_table, writers
+from ipsec_aio.kernel.stamp_foreign import (
+    ForeignTable,
+    is_late,
+    is_leaving,
+    own_table,
+    readers,
+    tables_with,
+    writers,
+)
 from ipsec_aio.kernel.stamp_rules import CHAINS, INPUT_PRIORITY
 
 INET, IP, NETDEV = 1, 2, 5
-LATE = LateTable(INET, "t")
 MARK = 3
 
 
@@ -81,13 +88,13 @@ SETS = expression("meta", key=MARK, sreg=1)
 )
 def test_which_chains_come_after_the_stamp(found: Message, late: bool) -> None:
     assert is_late(found) is late
-    assert bool(late_tables([found])) is late
+    assert bool(tables_with(is_late, [found])) is late
 
 
 def test_our_own_table_is_of_family_inet() -> None:
     assert own_table(chain(table="ipsec_aio"))
     assert not own_table(chain(table="ipsec_aio", family=IP))
-    assert str(LateTable(10, "x")) == "ip6 x"
+    assert str(ForeignTable(10, "x")) == "ip6 x"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +132,7 @@ def test_our_own_table_is_of_family_inet() -> None:
     ],
 )
 def test_what_writes_the_mark(expressions: list[Expression], reason: str) -> None:
-    found = writers([chain()], [rule(*expressions)], frozenset([LATE]))
+    found = writers([chain()], [rule(*expressions)])
     assert len(found) == bool(reason)
     for text_ in found:
         assert text_.startswith("table inet t chain c rule handle 9: ")
@@ -136,19 +143,56 @@ def test_what_writes_the_mark(expressions: list[Expression], reason: str) -> Non
 def test_a_rule_that_cannot_be_read_counts_as_a_writer(body: bytes) -> None:
     told = {"NFTA_RULE_CHAIN": b"c\0", "NFTA_RULE_EXPRESSIONS": body}
     broken = Message(nft.NFT_MSG_NEWRULE, INET, 7, "t", told)
-    assert "cannot be read" in writers([chain()], [broken], frozenset([LATE]))[0]
+    assert "cannot be read" in writers([chain()], [broken])[0]
 
 
 def test_chains_that_can_be_jumped_to_count_and_other_hooks_do_not() -> None:
     chains = [chain(), chain("jumped", hook=None), chain("out", hook=3), chain("soon", priority=0)]
-    late = late_tables(chains)
     for name, counts in (("c", True), ("jumped", True), ("out", False), ("soon", False)):
-        assert bool(writers(chains, [rule(SETS, name=name)], late)) is counts
-    assert not writers([], [rule(SETS)], frozenset())
+        assert bool(writers(chains, [rule(SETS, name=name)])) is counts
+    assert not writers([], [rule(SETS)])
 
 
 def test_our_own_rules_would_be_seen() -> None:
     meant = next(
         rule for rule in CHAINS["input"].rules if rule.purpose == "clear the mark"
     ).expressions
-    assert writers([chain()], [rule(*meant)], frozenset([LATE]))
+    assert writers([chain()], [rule(*meant)])
+
+
+READS = expression("meta", key=MARK, dreg=1)
+
+
+@pytest.mark.parametrize(
+    ("found", "seen"),
+    [
+        (chain(hook=3, priority=0), True),
+        (chain(hook=4, priority=-150, family=IP), True),
+        (chain(hook=2), False),
+        (chain(hook=1), False),
+        (chain(hook=None), False),
+        (chain(hook=3, family=NETDEV), False),
+        (chain(hook=3, table="ipsec_aio"), False),
+    ],
+)
+def test_which_chains_see_what_leaves(found: Message, seen: bool) -> None:
+    assert is_leaving(found) is seen
+
+
+@pytest.mark.parametrize(
+    ("expressions", "reads"),
+    [
+        ([READS], True),
+        ([bare("counter"), expression("meta", dreg=1)], True),
+        ([expression("match", name="mark")], True),
+        ([expression("match", name="connmark")], False),
+        ([expression("meta", key=2, dreg=1)], False),
+        ([SETS], False),
+        ([verdict(1)], False),
+        ([], False),
+    ],
+)
+def test_what_looks_at_the_mark(expressions: list[Expression], reads: bool) -> None:
+    found = readers([chain(hook=4)], [rule(*expressions)])
+    assert found == (("table inet t chain c rule handle 9: looks at the mark",) if reads else ())
+    assert not readers([chain()], [rule(*expressions)])

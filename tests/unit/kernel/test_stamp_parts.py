@@ -308,7 +308,6 @@ MARK = Mark(5, 0xFF)
         ([sa(set_mark=MARK, direction=Direction.OUT)], [], ""),
         ([sa(set_mark=Mark(), mark=Mark(5, 0))], [], ""),
         ([], [policy(mark=MARK)], "inbound policies with a mark: any → any mark 0x5/0xff"),
-        ([], [policy(mark=MARK, direction=Direction.OUT)], ""),
         ([], [policy(mark=MARK, direction=Direction.FWD)], ""),
         ([sa(mark=MARK)] * 5, [], " and 2 more"),
     ],
@@ -317,6 +316,13 @@ def test_who_uses_marks(sas: list[SA], policies: list[Policy], found: str) -> No
     problem = mark_users(sas, policies).problem
     assert bool(problem) == bool(found)
     assert found in problem
+
+
+def test_outbound_policies_with_a_mark_are_tcp_s_affair() -> None:
+    assert mark_users([], [policy(direction=Direction.OUT)]).tcp_problem == ""
+    users = mark_users([], [policy(mark=MARK, direction=Direction.OUT)])
+    assert not users.problem
+    assert "any → any mark 0x5/0xff" in users.tcp_problem
 
 
 def test_marks_are_read_from_the_kernel(netns: None) -> None:
