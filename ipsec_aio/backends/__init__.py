@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from .contract import Backend, Registration
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .memory import MemoryBackend
     from .tables import TableBackend
 
 __all__ = [
@@ -98,20 +100,10 @@ class OpenBackend:
             )
             await joined.start()
             return joined
-        return self._open_memory()
-
-    def _open_memory(self) -> TableBackend:
-        from .memory import MemoryBackend
-
-        if self._spec == "memory":
-            backend = MemoryBackend(trust_policy=self._trust_policy)
-        else:
-            backend = MemoryBackend.from_toml(
-                Path(self._spec.removeprefix(_FILE)), trust_policy=self._trust_policy
-            )
+        memory = _open_memory(self._spec, trust_policy=self._trust_policy)
         if self._stamp == "off":
-            backend.lose_stamp()
-        return backend
+            memory.lose_stamp()
+        return memory
 
 
 def open_backend(
@@ -142,9 +134,7 @@ def open_backend(
         raise ValueError(f"unknown stamp mode {stamp!r}; there are {', '.join(_STAMPS)}")
     if spec in _LATER or spec.startswith("broker:"):
         raise NotImplementedError(f"{spec!r} is not in this release; there are {_SPECS}")
-    if spec not in ("xfrm", _JOINED, "memory") and not (
-        spec.startswith(_FILE) and len(spec) > len(_FILE)
-    ):
+    if spec not in ("xfrm", _JOINED) and not _is_memory(spec):
         raise ValueError(f"unknown backend {spec!r}; there are {_SPECS}")
     if vici is not None:
         if spec != _JOINED:
@@ -155,6 +145,18 @@ def open_backend(
     return OpenBackend(spec, stamp, trust_policy, vici, identities)
 
 
+def _is_memory(spec: str) -> bool:
+    return spec == "memory" or (spec.startswith(_FILE) and len(spec) > len(_FILE))
+
+
+def _open_memory(spec: str, *, trust_policy: bool = False) -> MemoryBackend:
+    from .memory import MemoryBackend
+
+    if spec == "memory":
+        return MemoryBackend(trust_policy=trust_policy)
+    return MemoryBackend.from_toml(Path(spec.removeprefix(_FILE)), trust_policy=trust_policy)
+
+
 _default: Backend | None = None
 # Opened because the environment says so; each with what closes it when its loop shuts down.
 _by_loop: dict[asyncio.AbstractEventLoop, tuple[Backend, AsyncGenerator[None, None]]] = {}
@@ -162,36 +164,64 @@ _locks: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
 
 
 def set_default_backend(backend: Backend | None) -> None:
-    """Set the backend that functions take where none is given; None unsets it."""
+    """Set the backend that functions take where none is given; None unsets it.
+
+    Raises TypeError for what is no open backend.
+    """
     global _default
-    if backend is not None and not isinstance(backend, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"not an open backend: {backend!r}")
-    _default = backend
+    _default = None if backend is None else _checked(backend)
+
+
+def _checked(backend: Backend) -> Backend:
+    if not isinstance(backend, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"not an open backend: {backend!r}; use 'async with ipsec_aio.open_backend(…)'"
+        )
+    return backend
 
 
 def current_backend(backend: Backend | None = None) -> Backend:
-    """Return the given backend, else the default, else what the running loop has opened.
+    """Return the given backend, else the default, else what ``IPSEC_AIO_BACKEND`` names.
 
-    Raises BackendUnavailable where there is none.
+    A memory backend is opened here at its first use; another is there only where the running loop
+    has opened it (:func:`default_backend`). Raises TypeError for what is no open backend,
+    BackendUnavailable where there is none, and what opening a memory backend raises.
     """
     if backend is not None:
-        return backend
+        return _checked(backend)
     if _default is not None:
         return _default
-    with suppress(RuntimeError):
-        opened = _by_loop.get(asyncio.get_running_loop())
-        if opened is not None:
-            return opened[0]
+    loop = _running_loop()
+    if loop in _by_loop:
+        return _by_loop[loop][0]
     spec = os.environ.get(_ENVIRONMENT)
-    if spec:
+    if not spec:
+        raise BackendUnavailable(
+            "no IPsec backend: pass backend=, or call ipsec_aio.set_default_backend(), or set the "
+            f"environment variable {_ENVIRONMENT} to {_SPECS}"
+        )
+    if not _is_memory(spec):
         raise BackendUnavailable(
             f"the backend {spec!r} that {_ENVIRONMENT} names is not open on this loop yet: the "
             "first endpoint opens it"
         )
-    raise BackendUnavailable(
-        "no IPsec backend: pass backend=, or call ipsec_aio.set_default_backend(), or set the "
-        f"environment variable {_ENVIRONMENT} to {_SPECS}"
-    )
+    if loop is None:
+        return _memory_of_process(spec, os.getpid())
+    return _keep(loop, _open_memory(spec))
+
+
+@cache
+def _memory_of_process(spec: str, pid: int) -> Backend:
+    """Return what stands in where no loop runs. It holds nothing that has to be closed."""
+    del pid  # a forked process has its own
+    return _open_memory(spec)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 async def default_backend() -> Backend:
@@ -202,22 +232,32 @@ async def default_backend() -> Backend:
     there is no default, and what :func:`open_backend` raises.
     """
     spec = os.environ.get(_ENVIRONMENT)
-    if _default is not None or not spec:
+    if _default is not None or not spec or _is_memory(spec):
         return current_backend()
-    _sweep()
     loop = asyncio.get_running_loop()
     async with _locks.setdefault(loop, asyncio.Lock()):
         if loop not in _by_loop:
-            backend = await open_backend(spec).__aenter__()
-            closer = _close_with(loop, backend)
-            _by_loop[loop] = backend, closer
-            await anext(closer)
+            _keep(loop, await open_backend(spec).__aenter__())
         return _by_loop[loop][0]
 
 
 async def resolve_backend(backend: Backend | None = None) -> Backend:
-    """Return the given backend, or the default one."""
-    return await default_backend() if backend is None else backend
+    """Return the given backend, or the default one.
+
+    Raises TypeError for what is no open backend, and what :func:`default_backend` raises.
+    """
+    return await default_backend() if backend is None else _checked(backend)
+
+
+def _keep(loop: asyncio.AbstractEventLoop, backend: Backend) -> Backend:
+    """Have the running loop close a backend when it shuts down."""
+    _sweep()
+    closer = _close_with(loop, backend)
+    _by_loop[loop] = backend, closer
+    # It waits for nothing before it yields, so this is all of its first step.
+    with suppress(StopIteration):
+        anext(closer).__await__().__next__()
+    return backend
 
 
 async def _close_with(

@@ -25,7 +25,6 @@ from ipsec_aio.errors import BackendError
 from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
 from ipsec_aio.flow import pack_address
 from ipsec_aio.log import net_logger
-from ipsec_aio.require import Require
 
 from .datagram import DatagramTransport
 from .enforce import KERNEL, Where, check_options, enforcement_for
@@ -34,6 +33,7 @@ from .witness import Witness, runs_udp
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend, Registration
+    from ipsec_aio.require import Require
 
     from .enforce import Enforcement
 
@@ -72,12 +72,11 @@ async def create_datagram_endpoint(
     ``transport.get_extra_info("ipsec_enforced")`` says which it is (docs/enforcement.md).
 
     Raises what the loop's method raises, and BackendError where there is no backend, where it is
-    closed, or where it cannot cover the port as it was asked to; ValueError for what ``enforce``
-    or ``deadline`` cannot be, and under ``enforce="kernel"``, with the reason, where the kernel
-    cannot enforce the requirement, BackendDenied without CAP_NET_ADMIN.
+    closed, or where it cannot cover the port as it was asked to; TypeError for what is no Require
+    or no open backend; ValueError for what ``enforce`` or ``deadline`` cannot be, and under
+    ``enforce="kernel"``, with the reason, where the kernel cannot enforce the requirement,
+    BackendDenied without CAP_NET_ADMIN.
     """
-    if require is not None and not isinstance(require, Require):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"require must be a Require, not {require!r}")
     check_options(require, enforce, deadline)
     loop = asyncio.get_running_loop()
     if sock is not None:

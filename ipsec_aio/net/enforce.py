@@ -40,6 +40,7 @@ from ipsec_aio.kernel.sockopts import (
 )
 from ipsec_aio.log import net_logger
 from ipsec_aio.policy import Policy
+from ipsec_aio.require import Require
 from ipsec_aio.wire.sockpolicy import encode
 
 from .listening import run_soon
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from ipsec_aio.enforcement import Bundle
     from ipsec_aio.evidence import Evidence
     from ipsec_aio.policy import Template
-    from ipsec_aio.require import Require
 
 __all__ = [
     "KERNEL",
@@ -88,7 +88,9 @@ class Where(NamedTuple):
 
 
 def check_options(require: Require | None, enforce: str, deadline: float) -> None:
-    """Raise ValueError or TypeError for what ``enforce=`` and ``deadline=`` cannot be."""
+    """Raise ValueError or TypeError for what these arguments of all endpoints cannot be."""
+    if require is not None and not isinstance(require, Require):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"require must be a Require, not {require!r}")
     if enforce not in (KERNEL, USER, _AUTO):
         raise ValueError(f"enforce is 'kernel', 'user' or 'auto', not {enforce!r}")
     if enforce == KERNEL and require is None:

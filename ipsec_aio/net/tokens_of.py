@@ -37,7 +37,9 @@ def get_ptoken(
     do for traffic from its peer, POLICY at most.
 
     Synchronous, a few system calls. Raises OSError (ENOTCONN, EBADF, ENOTSOCK) for what is no
-    connected socket, BackendUnavailable where there is no backend or it is closed.
+    connected socket, BackendUnavailable where there is no backend, where it is closed, or where
+    the one that the environment names is not open on this loop; TypeError for what is no socket,
+    or no open backend.
     """
     fd: Any = source
     if isinstance(source, asyncio.BaseTransport) or hasattr(source, "get_extra_info"):

@@ -70,11 +70,17 @@ def native() -> bool:
 
 
 def script(command: list[str]) -> str:
-    """The shell script that runs the command where the unpacked packages can be found."""
+    """The shell script that runs the command where the unpacked packages can be found.
+
+    ``LAB_BEGAN`` tells it when we were asked, in seconds since 1970.
+    """
     libraries = [str(p) for p in (UNPACKED / "usr/lib", UNPACKED / "lib")]
     triplets = [f"{lib}/x86_64-linux-gnu" for lib in libraries]
     binaries = [str(UNPACKED / p) for p in ("usr/sbin", "usr/bin", "sbin")]
     keep = {name: os.environ[name] for name in KEPT if name in os.environ}
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        keep.setdefault("FORCE_COLOR", "1")  # a machine writes to a file
+    keep["LAB_BEGAN"] = f"{time.time():.0f}"
     keep["HOME"] = "/root"
     keep["PATH"] = ":".join(
         [

@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,6 +189,31 @@ class TestErrors:
             with contextlib.suppress(OSError):
                 get_ptoken(source, backend=memory())
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestABackendThatOnlyTheEnvironmentNames:
+    @pytest.fixture(autouse=True)
+    def named(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        file = tmp_path / "ipsec.toml"
+        file.write_text('[[policy]]\nsrc = "127.0.0.1"\ndst = "127.0.0.1"\n')
+        monkeypatch.setenv("IPSEC_AIO_BACKEND", f"memory:{file}")
+
+    def check(self, near: socket.socket) -> PToken:
+        token = get_ptoken(near)
+        # Without a policy it would be NONE.
+        assert "no policy checks what this host sends to itself" in token.audit_string
+        assert get_ptoken(near) is token
+        return token
+
+    def test_without_a_loop(self, tcp: Any) -> None:
+        self.check(tcp[0])
+
+    async def test_before_any_endpoint(self, tcp: Any) -> None:
+        token = self.check(tcp[0])
+        server, _ = await create_datagram_endpoint(Tokened, HERE)
+        # The endpoint takes the same backend, so one channel has one token.
+        assert get_ptoken(tcp[0]) is token
+        await close(server)
 
 
 async def test_a_plain_protocols_connected_endpoint() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 
 import pytest
 import uvloop
@@ -143,8 +146,6 @@ def test_the_environment_s_opens_once_per_loop_and_closes_with_it(monkeypatch, f
     monkeypatch.setenv("IPSEC_AIO_BACKEND", "memory")
 
     async def use():
-        with pytest.raises(BackendUnavailable, match="not open on this loop yet"):
-            current_backend()
         several = await asyncio.gather(*(resolve_backend() for _ in range(3)))
         assert len(set(several)) == 1
         assert current_backend() is several[0]
@@ -158,6 +159,75 @@ def test_the_environment_s_opens_once_per_loop_and_closes_with_it(monkeypatch, f
             assert not backends[-1].closed
         assert backends[-1].closed
     assert backends[0] is not backends[1]
+    assert not module._by_loop
+    assert not module._locks
+
+
+@factories
+def test_the_environment_s_memory_is_opened_at_once(monkeypatch, factory, tmp_path):
+    path = tmp_path / "ipsec.toml"
+    path.write_text('[[sa]]\nsrc = "127.0.0.2"\ndst = "127.0.0.1"\n')
+    monkeypatch.setenv("IPSEC_AIO_BACKEND", f"memory:{path}")
+
+    async def use():
+        backend = current_backend()
+        assert len(backend.mirror) == 1
+        assert await resolve_backend() is current_backend() is backend
+        return backend
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        backend = runner.run(use())
+        assert not backend.closed
+    assert backend.closed
+    assert not module._by_loop
+
+
+def test_the_environment_s_memory_is_there_without_a_loop(monkeypatch, tmp_path):
+    path = tmp_path / "ipsec.toml"
+    path.write_text('[[sa]]\nsrc = "127.0.0.2"\ndst = "127.0.0.1"\n')
+    monkeypatch.setenv("IPSEC_AIO_BACKEND", f"memory:{path}")
+    backend = current_backend()
+    assert len(backend.mirror) == 1
+    assert current_backend() is backend
+    assert not module._by_loop
+    monkeypatch.setenv("IPSEC_AIO_BACKEND", f"memory:{tmp_path}/none.toml")
+    with pytest.raises(FileNotFoundError):
+        current_backend()
+
+
+def test_a_forked_process_has_the_environment_s_memory_for_itself():
+    program = (
+        "import os; from ipsec_aio.backends import current_backend; current_backend()\n"
+        "if os.fork(): raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "current_backend().check()"
+    )
+    environment = {**os.environ, "IPSEC_AIO_BACKEND": "memory"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+@factories
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_environment_s_kernel_is_opened_by_the_first_endpoint(monkeypatch, factory, opened):
+    class Fake(MemoryBackend):
+        def __init__(self, **options):
+            super().__init__()
+
+        async def start(self):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr("ipsec_aio.backends.xfrm.XfrmBackend", Fake)
+    monkeypatch.setenv("IPSEC_AIO_BACKEND", "xfrm")
+
+    async def use():
+        if opened:
+            several = await asyncio.gather(*(resolve_backend() for _ in range(3)))
+            assert set(several) == {current_backend()}
+        else:
+            with pytest.raises(BackendUnavailable, match="not open on this loop yet"):
+                current_backend()
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(use())
     assert not module._by_loop
     assert not module._locks
 
