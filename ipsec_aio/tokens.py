@@ -196,7 +196,10 @@ class PToken:
 
     @property
     def policy_name(self) -> str | None:
-        """The policy that let it in, as its selector and number; None where none was asked."""
+        """The policy that let it in, as its selector and number.
+
+        None where the token rests on something else: with any assurance but POLICY.
+        """
         return self._now().protection.policy
 
     @property
