@@ -10,6 +10,8 @@ Rules:
   backend reads everything again, or says UNKNOWN. Unknown protocols are kept, as numbers.
 * Addresses have their family's length. An IPv4-mapped IPv6 address inside an SA or a policy is
   *not* unmapped: the kernel never applies such a record to IPv4 traffic, so it must not match any.
+* Left out is what does not change what was done for a packet: of policies OFFLOAD_DEV (where one is
+  carried out), of SAs SEC_CTX and SA_PCPU (who among senders may use one, and on which processor).
 * DELSA, DELPOLICY, EXPIRE and POLEXPIRE name a record; what they say beside its key is not
   complete (EXPIRE has no algorithms). UPDSA says what was asked for, not what came of it.
 """

@@ -39,6 +39,7 @@ from ipsec_aio.kernel.stamp import Coverage, KernelStamp, MarkUsers, Stamp, Stam
 from ipsec_aio.kernel.stamp_rules import INPUT, INPUT_PRIORITY
 from ipsec_aio.kernel.stamp_sysctl import FwmarkAccept
 from ipsec_aio.kernel.stamp_table import Port
+from ipsec_aio.wire import rtnetlink
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -924,6 +925,14 @@ async def test_a_kernel_that_cannot_have_the_stamp(monkeypatch: pytest.MonkeyPat
     assert "no nf_tables" in stamp.problem
     stamp.close()
     with pytest.raises(BackendUnavailable, match="no nf_tables"):
+        await open_stamp("install")
+
+
+async def test_a_kernel_without_routing_can_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtnetlink, "NETLINK_ROUTE", 31)
+    stamp = await open_stamp("use")
+    assert "cannot watch policy routing" in stamp.problem
+    with pytest.raises(BackendUnavailable, match="policy routing"):
         await open_stamp("install")
 
 

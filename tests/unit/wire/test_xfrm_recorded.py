@@ -27,7 +27,7 @@ from ipsec_aio.events import (
     SAMigrated,
     SAsFlushed,
 )
-from ipsec_aio.flow import Mark, format_address, pack_address
+from ipsec_aio.flow import Mark, Selector, format_address, pack_address
 from ipsec_aio.policy import Policy
 from ipsec_aio.sa import SA, Algorithm, Encapsulation, Lifetime
 from ipsec_aio.wire import netlink as wire
@@ -38,6 +38,22 @@ A, B = pack_address("192.0.2.1"), pack_address("192.0.2.2")
 PROTOS = {"esp": 50, "ah": 51, "comp": 108}
 GCM = Algorithm("rfc4106(gcm(aes))", 160, 128)
 SHA256 = Algorithm("hmac(sha256)", 256, 128)
+
+
+LAYER4 = {6: "tcp", 17: "udp"}
+ENCAPSULATIONS = {1: "espinudp-nonike", 2: "espinudp", 7: "espintcp"}
+FLAGS = {"noecn": 1, "decap-dscp": 2, "nopmtudisc": 4, "wildrecv": 8, "icmp": 16, "af-unspec": 32}
+FLAGS |= {"align4": 64, "esn": 128}
+LIMITS = {
+    f"{what}-{kind}": f"{kind}_{name}"
+    for kind in ("soft", "hard")
+    for what, name in (
+        ("time", "add_seconds"),
+        ("time-use", "use_seconds"),
+        ("byte", "bytes"),
+        ("packet", "packets"),
+    )
+}
 
 
 class Step(NamedTuple):
@@ -95,6 +111,21 @@ def states() -> Iterator[tuple[str, SA, str]]:
         yield from ((name, sa, t) for sa, t in zip(found, texts, strict=False))
 
 
+def layer4(selector: Selector) -> str:
+    """A selector's protocol and ports as ip prints them."""
+    words: list[str] = []
+    if selector.proto:
+        words.append(f"proto {LAYER4[selector.proto]}")
+    for word, port, mask in (
+        ("sport", selector.source_port, selector.source_port_mask),
+        ("dport", selector.destination_port, selector.destination_port_mask),
+    ):
+        if mask:
+            assert mask == 0xFFFF
+            words.append(f"{word} {port}")
+    return "".join(f"{word} " for word in words)
+
+
 STATES = list(states())
 
 
@@ -138,11 +169,38 @@ def test_an_sa_is_what_ip_says(name: Any, found: SA, text: str) -> None:
         assert (
             f"sel src {format_address(selector.source)}/{selector.source_prefix}"
             f" dst {format_address(selector.destination)}/{selector.destination_prefix}"
-        ) in text
+            f" {layer4(selector)}\n"
+        ) in f"{text}\n"
     elif not found.larval:  # whose selector the kernel fills in without a family, and ignores
         assert "sel" not in text
-    assert (found.set_mark is not None) is ("output-mark" in text)
-    assert (found.encapsulation is not None) is ("encap" in text)
+    written = found.set_mark
+    assert (written is not None) is ("output-mark" in text)
+    assert written is None or f"output-mark {written.value:#x}/{written.mask:#x}\n" in text
+    encapsulation = found.encapsulation
+    assert (encapsulation is not None) is ("encap" in text)
+    if encapsulation is not None:
+        kind, source, destination, original = encapsulation
+        address = format_address(original) if original else "0.0.0.0"
+        ports = f"sport {source} dport {destination}"
+        assert f"encap type {ENCAPSULATIONS[kind]} {ports} addr {address}\n" in text
+    flags = re.search(r"replay-window \d+ flag (.*)", text)
+    assert (
+        found.flags == sum(FLAGS[word] for word in flags[1].split()) if flags else not found.flags
+    )
+
+
+COMMANDED = [name for name, step in STEPS.items() if "xfrm state add" in step.command]
+
+
+@pytest.mark.parametrize("name", COMMANDED)
+def test_an_sa_is_what_ip_was_told(name: Any) -> None:
+    """What ``ip xfrm`` prints only where it is asked for more than it monitors."""
+    command, found = STEPS[name].command, sa(name)
+    limits = {kind: int(number) for kind, number in re.findall(r"limit (\S+) (\d+)", command)}
+    assert found.lifetime == Lifetime(**{LIMITS[kind]: number for kind, number in limits.items()})
+    assert found.extra_flags == ("extra-flag dont-encap-dscp" in command)
+    assert found.direction is None
+    assert found.offload is None
 
 
 @pytest.mark.parametrize(
