@@ -17,6 +17,9 @@ Rules:
   says more than the first one that said anything, since earlier bytes came under that.
 * An outgoing connection carries no stamp: POLICY at most, or ENFORCED where the kernel held it to
   its requirement before it was connected.
+* What waits to be read may have come before the policies changed: after that a connection counts as
+  judged by them from the moment on at which nothing waited (which does not tell of segments that
+  the kernel holds back because others are missing before them).
 * A connection's own policy, inherited or set, stands in for the SPD: so the SPD is asked here, too.
 * Addresses come from the socket alone.
 * Tokens that were handed out stay as they are; ``get_extra_info("ptoken")`` and
@@ -36,16 +39,16 @@ from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
-from ipsec_aio.evidence import IPPROTO_TCP, Evidence
+from ipsec_aio.evidence import IPPROTO_TCP, NEVER, Evidence
 from ipsec_aio.flow import unmap
-from ipsec_aio.kernel.sockopts import examine, mark_and_cookie
+from ipsec_aio.kernel.sockopts import examine, is_readable, mark_and_cookie
 
 from . import registry
 from .context import TokenCell
-from .enforce import Where, weakly
+from .enforce import Where
 from .forward import user_of
 from .latching import guard_for
-from .listening import Listener, run_soon, unfitness
+from .listening import Listener, arrivals, run_soon, unfitness, weakly
 from .protocols import takes_token
 
 if TYPE_CHECKING:
@@ -60,6 +63,8 @@ __all__ = ["KNOWN_LIMIT", "Connection", "Judge"]
 
 KNOWN_LIMIT = 4096
 """How many peers' tokens are kept for their next connections."""
+_AGAIN = 1.0
+"""Seconds until a connection is looked at again in whose queue something waited."""
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _NO_CONTEXT = Context()
@@ -84,7 +89,10 @@ class Connection:
         "_cookie",
         "_listener",
         "_listeners",
+        "_looking",
+        "_number",
         "_transport",
+        "after",
         "cell",
         "context",
         "enforcement",
@@ -105,6 +113,10 @@ class Connection:
         self.cell = TokenCell()
         self.enforcement: Enforcement | None = None
         self.judge = judge
+        self._number = next(arrivals)
+        self._looking = False
+        self.after = judge.backend.policies if listeners is None else NEVER
+        """What the backend's policies were before its socket was made, NEVER where not known."""
         self._listeners = listeners
         self._listener: Listener | None = None
         self._cookie: int | None = None
@@ -129,12 +141,14 @@ class Connection:
     def made(self, transport: asyncio.BaseTransport) -> PToken:
         """Read the evidence of a connection that was made just now, and return its token."""
         judge = self.judge
-        evidence = self.evidence = self._read(transport)
+        self.evidence = self._read(transport)
         if self._listeners is None:
             judge.drain()
+            self._catch_up(transport)
         else:
             judge.drain_for_accepted()
-        token = self.cell.ptoken = judge.resolve_accepted(evidence)
+            self._look_later()
+        token = self.cell.ptoken = judge.resolve_accepted(self.evidence)
         self._ceiling = token.assurance
         return token
 
@@ -173,6 +187,7 @@ class Connection:
             mark, generation, doubt = listener.read(mark, self.judge.accepted)
             self._listener = listener
             listener.hold()
+            self.after = listener.emptied_before(self._number)
             enforcement = listener.enforcement_of(sock, here)
         else:
             mark = None
@@ -182,7 +197,15 @@ class Connection:
                 doubt = "no listener of ours has this port"
         if enforcement is None:
             return Evidence(
-                IPPROTO_TCP, here, local[1], there, peer[1], mark, generation, doubt=doubt
+                IPPROTO_TCP,
+                here,
+                local[1],
+                there,
+                peer[1],
+                mark,
+                generation,
+                doubt=doubt,
+                after=self.after,
             )
         evidence = Evidence(
             IPPROTO_TCP,
@@ -194,6 +217,7 @@ class Connection:
             generation,
             doubt=doubt,
             enforced=enforcement.template,
+            after=self.after,
         )
         if listener is not None:
             self.enforcement = enforcement.inherit(sock, Where(here, local[1], there, peer[1]))
@@ -285,6 +309,9 @@ class Connection:
 
     def infer(self) -> None:
         """Ask again, and take no answer that claims more than the first."""
+        transport = self._transport()
+        if transport is not None:
+            self._catch_up(transport)
         evidence, enforcement = self.evidence, self.enforcement
         if enforcement is not None:
             evidence = self.evidence = replace(evidence, enforced=enforcement.template)
@@ -292,8 +319,37 @@ class Connection:
         token = self.judge.resolve(evidence)
         if self._ceiling is Assurance.UNKNOWN:
             self._ceiling = token.assurance
+        elif self._ceiling is Assurance.NONE and token.assurance > Assurance.NONE:
+            # It would no longer be true that all of it is clear.
+            token = self.judge.resolve(replace(evidence, doubt="it was clear when it began"))
         if token.assurance <= self._ceiling:
             self._replace(token)
+
+    def _catch_up(self, transport: asyncio.BaseTransport) -> None:
+        """Where nothing waits to be read, all that came before now was read; else look later."""
+        policies = self.judge.backend.policies
+        sock: Any = transport.get_extra_info("socket")
+        if self.evidence.after == policies or sock is None:
+            return
+        if is_readable(sock):
+            self._look_later()
+        else:
+            self.evidence = replace(self.evidence, after=policies)
+
+    def _look_later(self) -> None:
+        evidence, judge = self.evidence, self.judge
+        behind = evidence.after != judge.backend.policies
+        if behind and not (self._looking or evidence.doubt or evidence.generation):
+            self._looking = True
+            judge.call_at(judge.time() + _AGAIN, self._look_again)
+
+    def _look_again(self) -> None:
+        self._looking = False
+        transport = self._transport()
+        if transport is None:
+            self._look_later()
+        elif not (transport.is_closing() or self.evidence.doubt or self.evidence.generation):
+            self.infer()
 
     def review(self, *, closed: bool) -> None:
         """The backend's epoch has moved, or it was closed: see what the token still rests on."""
@@ -356,7 +412,7 @@ class Judge:
         self.drained = -1
         """How many were when the backend was drained for them."""
         self._epoch = backend.epoch
-        self._known: dict[tuple[bytes, bytes, int | None, int], PToken] = {}
+        self._known: dict[tuple[bytes, bytes, int | None, int, int], PToken] = {}
         self._when_closed = backend.resolve(_nowhere("the backend is closed"))
         self.latched: WeakSet[Connection] = WeakSet()
         self._unsubscribe = backend.subscribe(weakly(self._changed))
@@ -421,7 +477,7 @@ class Judge:
         if self._epoch != backend.epoch:
             self._epoch = backend.epoch
             known.clear()
-        key = (evidence.local, evidence.peer, evidence.mark, evidence.generation)
+        key = (evidence.local, evidence.peer, evidence.mark, evidence.generation, evidence.after)
         token = known.get(key)
         if token is None:
             token = self.resolve(evidence)
