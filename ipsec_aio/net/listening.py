@@ -145,7 +145,8 @@ class Listener:
         self._emptied = ((NEVER, NEVER), (NEVER, NEVER))
         self._emptying = False
         self._unsubscribe = backend.subscribe(weakly(self._look_whether_empty))
-        self._look_whether_empty()
+        if self._early:
+            self._look_whether_empty()
 
     @property
     def generation(self) -> int:
