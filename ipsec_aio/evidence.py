@@ -7,6 +7,8 @@ Rules:
   doubt it is None and ``doubt`` says why: then the token is UNKNOWN.
 * ``generation`` is the stamp's at arrival. 0 means that no verified stamp covered the packet:
   then the mark proves nothing.
+* ``after`` tells what may have been waiting: what packets are judged by as they arrive changes,
+  and a packet lies in a queue for as long as its program is busy.
 * ``enforced`` is only what a socket policy of ours has demanded since before the socket was bound
   or listened, so that nothing else can be in its queue.
 """
@@ -22,10 +24,12 @@ from .flow import Flow
 if TYPE_CHECKING:
     from .policy import Template
 
-__all__ = ["IPPROTO_TCP", "IPPROTO_UDP", "Evidence"]
+__all__ = ["IPPROTO_TCP", "IPPROTO_UDP", "NEVER", "Evidence"]
 
 IPPROTO_TCP = 6
 IPPROTO_UDP = 17
+NEVER = -1
+"""Less than every number of changes."""
 _HOST = sys.byteorder
 
 
@@ -37,6 +41,8 @@ class Evidence:
     packet's mark as the host's number.
     ``doubt`` is empty, or the reason why nothing may be concluded from this evidence.
     ``enforced`` is the template of the socket's own policy, None where it has none.
+    ``after`` is what the backend's ``policies`` was when the queue that it came out of was last
+    known to be empty, NEVER where it was not.
     """
 
     protocol: int
@@ -48,6 +54,7 @@ class Evidence:
     generation: int = 0
     doubt: str = ""
     enforced: Template | None = None
+    after: int = NEVER
 
     @property
     def spi(self) -> int:

@@ -4,6 +4,9 @@ Rules:
 
 * Time is an argument: monotonic seconds, never going back.
 * ``epoch`` changes whenever an answer that was drawn from the mirror may no longer hold.
+* ``changes`` grows with what packets are judged by as they arrive, so that who knows when a queue
+  was last empty can tell what its packets were judged by. No time is long enough for that: a queue
+  waits for its program.
 * Removed SAs stay for a while as tombstones, for packets that were queued when they went.
 * Resync: from :meth:`Mirror.begin_resync` on nothing is sure (``synced`` is False, the old tables
   stay for diagnostics). Dump records go into new tables by :meth:`Mirror.load`, live events wait.
@@ -13,7 +16,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from operator import attrgetter
@@ -44,7 +46,6 @@ from .spd import SPD
 __all__ = [
     "AWAITED_LIMIT",
     "BACKLOG_LIMIT",
-    "POLICY_AGE",
     "TOMBSTONE_LIMIT",
     "TOMBSTONE_SECONDS",
     "Mirror",
@@ -59,8 +60,6 @@ AWAITED_LIMIT = 4096
 """How many missing SPIs are told apart; past it every addition changes the epoch."""
 BACKLOG_LIMIT = 1_000_000
 """How many live events wait for the end of a resync."""
-POLICY_AGE = 1.0
-"""Seconds after which a policy vouches: what is read later than that arrived under it."""
 
 _IPSEC_PROTO_ANY = 255
 _IPSEC_PROTOS = (IPPROTO_ESP, IPPROTO_AH, IPPROTO_COMP)
@@ -102,8 +101,6 @@ class Mirror:
         # In the order of burial, so in the order of expiry.
         self._tombs: dict[int, Record] = {}
         self._graveyard = Index()
-        # When policies were added: each such moment matters once more, when they come of age.
-        self._young: deque[float] = deque()
         self._awaited: set[int] = set()
 
     # Look-ups
@@ -161,9 +158,15 @@ class Mirror:
         """The marks that SAs write into packets."""
         return self._tables.sad.set_marks
 
-    def vouches(self, policy: Policy, now: float) -> bool:
-        """Whether a policy is old enough for what is read now to have arrived under it."""
-        return now - self._tables.spd.added(policy) >= POLICY_AGE
+    @property
+    def changes(self) -> int:
+        """Counts the changes of policies, and what else :meth:`count_change` was told of."""
+        return self._tables.spd.changes
+
+    def count_change(self) -> int:
+        """Count a change in ``changes``, and return what that is then."""
+        self._tables.spd.changes += 1
+        return self._tables.spd.changes
 
     def await_spi(self, spi: int) -> None:
         """Have the epoch change when an SA with this number is added."""
@@ -176,24 +179,18 @@ class Mirror:
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`advance` has something to do, None for never."""
-        deadlines = [_forgotten(record) for record in self._oldest()]
-        if self._young:
-            deadlines.append(self._young[0] + POLICY_AGE)
-        return min(deadlines, default=None)
+        return next((_forgotten(record) for record in self._oldest()), None)
 
     @property
     def ages(self) -> bool:
         """Whether :meth:`advance` will have something to do."""
-        return bool(self._tombs or self._young)
+        return bool(self._tombs)
 
     def advance(self, now: float) -> None:
-        """Let tombstones expire and policies come of age."""
+        """Let tombstones expire."""
         changed = False
         while any(_forgotten(record) <= now for record in self._oldest()):
             self._forget_oldest()
-            changed = True
-        while self._young and self._young[0] + POLICY_AGE <= now:
-            self._young.popleft()
             changed = True
         if changed:
             self.bump()
@@ -225,7 +222,7 @@ class Mirror:
         if isinstance(event, SAAdded):
             staging.sad.load(Record(event.sa, now))
         elif isinstance(event, PolicyAdded):
-            staging.spd.load(event.policy, now)
+            staging.spd.load(event.policy)
         elif isinstance(event, DefaultActions):
             staging.defaults = event
         else:
@@ -243,8 +240,7 @@ class Mirror:
             return False
         old, self._tables = self._tables, staging
         self._staging, self._backlog = None, []
-        staging.spd.restart(now)
-        self._young = deque([now] if len(staging.spd) else [])
+        staging.spd.doubt(old.spd.changes)
         for event in backlog:
             self._play(event, now)
         for record in old.sad:
@@ -286,7 +282,7 @@ class Mirror:
             case SAMigrated():
                 self._migrate(event, now)
             case PolicyAdded(policy):
-                self._add_policy(policy, now)
+                self._add_policy(policy)
             case PolicyDeleted(key, index):
                 spd = self.spd
                 self._dropped(spd.remove_index(index) if key is None else spd.remove(key))
@@ -299,6 +295,7 @@ class Mirror:
             case _:
                 if event != self._tables.defaults:
                     self._tables.defaults = event
+                    self.spd.doubt()
                     self.bump()
 
     def _add(self, sa: SA, now: float) -> None:
@@ -351,12 +348,10 @@ class Mirror:
                 _moved(event, t) if _migrates(event, t) else t for t in policy.templates
             )
             if templates != policy.templates:
-                self._add_policy(replace(policy, templates=templates), now)
+                self._add_policy(replace(policy, templates=templates))
 
-    def _add_policy(self, policy: Policy, now: float) -> None:
-        if self.spd.add(policy, now):
-            if not self._young or self._young[-1] != now:
-                self._young.append(now)
+    def _add_policy(self, policy: Policy) -> None:
+        if self.spd.add(policy):
             self.bump()
 
     def _dropped(self, policy: Policy | None) -> None:

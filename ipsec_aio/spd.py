@@ -12,23 +12,32 @@ Rules (net/xfrm/xfrm_policy.c):
 
 How old equals are is not certain: a dump does not tell, and kernels differ between policies for
 host pairs and others. :meth:`SPD.ties` therefore gives all that might be the first.
+
+What is found is what applies now. Whether it applied when a packet came, :meth:`SPD.stood` tells:
+by the number of changes at which the first ones were added, and by those of late that are gone.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, count
+from math import inf
 
 from .enums import Direction
 from .flow import Flow, Mark, Selector
 from .policy import Policy, PolicyKey
 from .prefixes import Place, Prefixes, places
 
-__all__ = ["SPD"]
+__all__ = ["GONE_LIMIT", "SPD"]
 
 MAIN = 0
 SUB = 1
+GONE_LIMIT = 64
+"""How many removed inbound policies are remembered; what came before an older one went is in doubt
+altogether.
+"""
 
 # What tells policies of one table apart. The selector alone is most of them.
 _Key = Policy | PolicyKey
@@ -40,7 +49,7 @@ class _Entry:
 
     __slots__ = ("added", "policy", "rank")
 
-    def __init__(self, policy: Policy, rank: int, added: float) -> None:
+    def __init__(self, policy: Policy, rank: int, added: int) -> None:
         self.policy = policy
         self.rank = rank
         self.added = added
@@ -127,11 +136,15 @@ def _matches(policy: Policy, flow: Flow) -> bool:
 class SPD:
     """Policies by key and by flow.
 
-    ``changes`` counts what was added and removed.
+    ``changes`` counts what was added and removed, and whatever else its owner counts there.
     """
 
     def __init__(self) -> None:
         self.changes = 0
+        # Removed inbound policies, each with what `changes` came to, oldest first.
+        self._gone: deque[tuple[Policy, int]] = deque()
+        # What came before this is in doubt.
+        self._known_since = 0
         self._size = 0
         self._tables: dict[tuple[Direction, int], _Table] = {}
         self._rank = count(1)
@@ -164,27 +177,45 @@ class SPD:
         entry = self._find(key)
         return None if entry is None else entry.policy
 
-    def added(self, policy: Policy) -> float:
-        """Return since when this policy is here. Raises KeyError where it is not."""
-        entry = self._find(policy.key)
-        if entry is None:
-            raise KeyError(policy.key)
-        return entry.added
+    def stood(self, ties: Iterable[Iterable[Policy]], flow: Flow, after: int) -> bool:
+        """Whether what :meth:`ties` gives for an inbound flow came first ever since ``changes``
+        was ``after``.
+        """
+        if after < self._known_since:
+            return False
+        top: dict[int, int] = {}
+        for policy in chain.from_iterable(ties):
+            entry = self._find(policy.key)
+            if entry is None or entry.added > after:
+                return False
+            top[policy.kind] = policy.priority
+        # Marks and interfaces of what came meanwhile are not known: each may have matched.
+        for gone, when in reversed(self._gone):
+            if when <= after:
+                break
+            if (
+                gone.priority <= top.get(gone.kind, inf)
+                and gone.if_id == flow.if_id
+                and gone.selector.matches(flow)
+            ):
+                return False
+        return True
 
-    def add(self, policy: Policy, now: float) -> bool:
+    def doubt(self, changes: int = 0) -> None:
+        """Count a change of which nothing is known, and no fewer changes than these."""
+        self.changes = max(self.changes, changes) + 1
+        self._known_since = self.changes
+        self._gone.clear()
+
+    def add(self, policy: Policy) -> bool:
         """Add or replace; say whether that changes what the SPD says."""
-        return self._insert(policy, now, next(self._rank))
+        return self._insert(policy, next(self._rank))
 
-    def load(self, policy: Policy, now: float) -> None:
-        """Add from a dump, which the kernel gives newest first."""
-        self._insert(policy, now, -next(self._rank))
+    def load(self, policy: Policy) -> None:
+        """Add from a dump, which the kernel gives newest first; :meth:`doubt` is to follow."""
+        self._insert(policy, -next(self._rank))
 
-    def restart(self, now: float) -> None:
-        """Count every policy's age from now."""
-        for entry in self._entries():
-            entry.added = now
-
-    def _insert(self, policy: Policy, now: float, rank: int) -> bool:
+    def _insert(self, policy: Policy, rank: int) -> bool:
         if policy.of_socket:
             return False
         where = places(policy.selector, policy.if_id)
@@ -198,8 +229,8 @@ class SPD:
                 rank = old.rank
             self._drop(old)
             table = self._table(policy.direction, policy.kind)
-        table.add(_Entry(policy, rank, now), where)
         self._count(policy, 1)
+        table.add(_Entry(policy, rank, self.changes), where)
         return True
 
     def remove(self, key: PolicyKey) -> Policy | None:
@@ -210,7 +241,7 @@ class SPD:
     def remove_index(self, index: int) -> Policy | None:
         """Remove and return the policy with the kernel's number."""
         found = [entry for entry in self._entries() if entry.policy.index == index]
-        return self._drop(max(found, key=_age)) if found else None
+        return self._drop(max(found, key=_rank)) if found else None
 
     def flush(self, kind: int) -> int:
         """Remove the policies of a type; return how many those were."""
@@ -226,6 +257,10 @@ class SPD:
         if not (table.named or table.places):
             del self._tables[policy.direction, policy.kind]
         self._count(policy, -1)
+        if policy.direction is Direction.IN:
+            if len(self._gone) >= GONE_LIMIT:
+                _, self._known_since = self._gone.popleft()
+            self._gone.append((policy, self.changes))
         return policy
 
     def _entries(self) -> Iterator[_Entry]:
@@ -278,8 +313,8 @@ class SPD:
             self._conditional += step
 
 
-def _age(entry: _Entry) -> tuple[float, int]:
-    return entry.added, entry.rank
+def _rank(entry: _Entry) -> int:
+    return entry.rank
 
 
 def _collect(bucket: Iterable[_Entry], flow: Flow, best: list[_Entry]) -> None:

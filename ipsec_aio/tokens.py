@@ -397,7 +397,7 @@ class Resolver(TruthTable):
     def resolve(self, evidence: Evidence) -> PToken:
         """Return the token for this evidence."""
         now = self.clock()
-        finding = self.judge(evidence, now)
+        finding = self.judge(evidence)
         if finding is MISSING:
             return self._pend(evidence, now)
         identities = self._identities(finding.records, now)

@@ -8,7 +8,8 @@ Rules:
   all under which the kernel may have let the packet in count: of any protocol and any source, and
   removed ones too, since packets wait in queues.
 * Without a stamp the SPD is asked, and that is inference. It says nothing of what this host sends
-  to itself, nor where interfaces, marks or NAT may have led the packet past it.
+  to itself, nor where interfaces, marks or NAT may have led the packet past it, nor of what may
+  have been in its queue when policies changed.
 * "No SA" is no proof of clear traffic where one may have carried it.
 * Hardware that decrypts whole packets hands them to the kernel's merging (GRO), which compares no
   security path: where an SA that may have carried it is offloaded so, nothing is known.
@@ -26,7 +27,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .enums import Assurance, Direction, PolicyAction
-from .evidence import IPPROTO_UDP
+from .evidence import IPPROTO_UDP, NEVER
 from .flow import Flow, Selector
 from .policy import Policy, Template
 from .protection import (
@@ -74,8 +75,10 @@ class TruthTable:
 
     * ``generation``: the stamp's, 0 while there is none that was verified;
     * ``opaque_interfaces``: whether the namespace has interfaces (xfrm, vti) that may have
-      scrubbed a security path;
-    * ``is_own``: whether an address is this host's;
+      scrubbed a security path, and ``opaque_until``, the mirror's ``changes`` when the last one
+      went;
+    * ``is_own``: whether an address is this host's, and ``own_until``, as above when one went that
+      was;
     * ``identified``: whether anybody may know who is at the ends of an SA; only then what an
       inference rests on is worked out;
     * ``lookup_missing``: asks for one SA at once, and puts what is found into the mirror. True:
@@ -86,11 +89,12 @@ class TruthTable:
         self.mirror = mirror
         self.generation = 0
         self.opaque_interfaces = False
+        self.opaque_until = self.own_until = NEVER
         self.identified = False
         self.is_own: Callable[[bytes], bool] = _nobody
         self.lookup_missing: Callable[[SAKey], bool] = _no_answer
 
-    def judge(self, evidence: Evidence, now: float) -> Finding:
+    def judge(self, evidence: Evidence) -> Finding:
         """Return what is found; :data:`MISSING` where an SA may yet come to be known."""
         doubts = self._doubts(evidence)
         if doubts is not None:
@@ -100,7 +104,7 @@ class TruthTable:
         enforced = evidence.enforced
         if enforced is not None and _demands(enforced):
             return self._enforced(enforced, evidence)
-        return self._infer(evidence, now)
+        return self._infer(evidence)
 
     def ignores_ports(self, evidence: Evidence) -> bool:
         """Whether evidence with other ports is judged alike until the mirror's epoch changes.
@@ -148,7 +152,7 @@ class TruthTable:
     def _stamped(self, evidence: Evidence) -> Finding:
         if evidence.mark:
             return self._by_spi(evidence)
-        if self.opaque_interfaces:
+        if self._may_be_hidden(evidence):
             return Finding(unknown("an xfrm interface may have hidden the security path"))
         return Finding(CLEAR)
 
@@ -182,16 +186,31 @@ class TruthTable:
             for record in index.numbered(evidence.spi)
             if _inbound(sa := record.sa)
             and (
-                sa.selector.matches(evidence.flow) and not self._outbound(sa)
+                sa.selector.matches(evidence.flow) and not self._outbound(sa, evidence)
                 if sa.mode in TUNNELS
                 else sa.destination == evidence.local
-                or (len(sa.destination) == len(evidence.local) and self.is_own(sa.destination))
+                or (
+                    len(sa.destination) == len(evidence.local)
+                    and self._was_own(sa.destination, evidence)
+                )
             )
         ]
 
-    def _outbound(self, sa: SA) -> bool:
-        """Whether a tunnel leads away from here; kernels before 6.10 do not tell."""
-        return sa.mode in TUNNELS and self.is_own(sa.source) and not self.is_own(sa.destination)
+    def _outbound(self, sa: SA, evidence: Evidence) -> bool:
+        """Whether a tunnel led away from here; kernels before 6.10 do not tell."""
+        return (
+            sa.mode in TUNNELS
+            and self.is_own(sa.source)
+            and not self._was_own(sa.destination, evidence)
+        )
+
+    def _was_own(self, address: bytes, evidence: Evidence) -> bool:
+        """Whether an address may have been this host's when the packet came."""
+        return evidence.after < self.own_until or self.is_own(address)
+
+    def _may_be_hidden(self, evidence: Evidence) -> bool:
+        """Whether the packet may have come through an interface that scrubs security paths."""
+        return self.opaque_interfaces or evidence.after < self.opaque_until
 
     def _exact(self, records: list[Record], evidence: Evidence) -> Finding:
         if any(map(_is_merged, records)):
@@ -208,7 +227,7 @@ class TruthTable:
 
     def _enforced(self, template: Template, evidence: Evidence) -> Finding:
         self.mirror.additions_matter = True
-        if self.opaque_interfaces:
+        if self._may_be_hidden(evidence):
             return Finding(unknown("no socket policy checks what comes through an xfrm interface"))
         records = self._admitted_under(template, evidence)
         if any(map(_is_merged, records)):
@@ -245,29 +264,29 @@ class TruthTable:
             and sa.selector.matches(flow)
             and _wrote(sa, evidence)
             and (
-                not self._outbound(sa)
+                not self._outbound(sa, evidence)
                 if sa.mode in TUNNELS
-                else sa.destination == evidence.local or self.is_own(sa.destination)
+                else sa.destination == evidence.local or self._was_own(sa.destination, evidence)
             )
         ]
 
     # By inference
 
-    def _infer(self, evidence: Evidence, now: float) -> Finding:
+    def _infer(self, evidence: Evidence) -> Finding:
         ties = self._ties(evidence)
         if isinstance(ties, Verdict):
             return Finding(ties)
         # Which of several policies with one number is the first is not certain: all must protect.
         group = next((g for g in ties if all(p.protects for p in g)), None)
         if group is not None:
-            return self._by_policy(group, evidence, now)
+            return self._by_policy(group, evidence)
         return Finding(self._by_none(ties, evidence))
 
     def _ties(self, evidence: Evidence) -> list[list[Policy]] | Verdict:
         """Return the policies that come first, or why it is not known which do."""
         mirror = self.mirror
         mirror.additions_matter = True
-        if self.opaque_interfaces:
+        if self._may_be_hidden(evidence):
             return unknown("it may have come through an xfrm interface")
         # Of a connection only the handshake's mark can be read, of a datagram its own.
         if mirror.has_marked_inbound() and (
@@ -276,9 +295,12 @@ class TruthTable:
             return unknown("policies or SAs look at marks, and its mark was not read")
         if mirror.names_interface_inbound():
             return unknown("policies or SAs name interfaces, and which is compared is not known")
-        ties = mirror.spd.ties(_marked_flow(evidence), Direction.IN)
+        flow = _marked_flow(evidence)
+        ties = mirror.spd.ties(flow, Direction.IN)
         if any(policy.action is PolicyAction.BLOCK for group in ties for policy in group):
             return unknown("a policy blocks this traffic")
+        if not mirror.spd.stood(ties, flow, evidence.after):
+            return unknown("it may have arrived before the policies were what they are")
         return ties
 
     def _by_none(self, ties: list[list[Policy]], evidence: Evidence) -> Verdict:
@@ -300,11 +322,9 @@ class TruthTable:
             return unknown("an SA may have carried it, and no policy demands one")
         return CLEAR
 
-    def _by_policy(self, policies: list[Policy], evidence: Evidence, now: float) -> Finding:
-        if evidence.peer == evidence.local or self.is_own(evidence.peer):
+    def _by_policy(self, policies: list[Policy], evidence: Evidence) -> Finding:
+        if evidence.peer == evidence.local or self._was_own(evidence.peer, evidence):
             return Finding(unknown("no policy checks what this host sends to itself"))
-        if not all(self.mirror.vouches(policy, now) for policy in policies):
-            return Finding(unknown("the policy may be younger than the packet"))
         verdict = Verdict(
             Assurance.POLICY,
             weakest(self._admitted(policy, evidence) for policy in policies),

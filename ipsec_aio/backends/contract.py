@@ -108,9 +108,13 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def policies(self) -> object:
-        """Equal to what it was as long as no policy changed, so that :meth:`templates` says the
-        same.
+    def policies(self) -> int:
+        """A number that grows with what packets are judged by as they arrive: when a policy
+        changes, when an interface goes that hid what protected them, or an own address.
+
+        As long as it is the same, :meth:`templates` says the same. Evidence tells by it since when
+        nothing had been waiting in its queue (``Evidence.after``). When it changes, :attr:`epoch`
+        does so, too.
         """
 
     @abstractmethod

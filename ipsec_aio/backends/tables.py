@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ipsec_aio import enforcement, outbound
 from ipsec_aio.enums import Direction
 from ipsec_aio.errors import BackendUnavailable, ProtectionError
+from ipsec_aio.evidence import NEVER
 from ipsec_aio.identities import UNIDENTIFIED
 from ipsec_aio.mirror import Mirror
 from ipsec_aio.outlook import survey
@@ -90,7 +91,7 @@ class TableBackend(Backend):
         self._waiters: dict[PToken, list[asyncio.Future[None]]] = {}
         self._timer: tuple[asyncio.AbstractEventLoop, float, asyncio.TimerHandle] | None = None
         self._templates: dict[object, tuple[Bundle, ...]] = {}
-        self._templates_of: object = None
+        self._templates_of = NEVER
 
     # For subclasses
 
@@ -145,6 +146,8 @@ class TableBackend(Backend):
         with self._lock:
             if opaque != self.resolver.opaque_interfaces:
                 self.resolver.opaque_interfaces = opaque
+                if not opaque:
+                    self.resolver.opaque_until = self.mirror.count_change()
                 self.mirror.bump()
                 self.changed()
 
@@ -226,9 +229,9 @@ class TableBackend(Backend):
             return self.resolver.ignores_ports(evidence)
 
     @property
-    def policies(self) -> object:
-        """Equal to what it was as long as no policy changed."""
-        return self.mirror.spd, self.mirror.spd.changes
+    def policies(self) -> int:
+        """Grows with what packets are judged by as they arrive."""
+        return self.mirror.changes
 
     def templates(
         self,

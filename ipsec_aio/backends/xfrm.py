@@ -84,7 +84,7 @@ class XfrmBackend(TableBackend):
         self._recovery: asyncio.Task[None] | None = None
         self._marks: object = (False, frozenset())
         self._marks_matter = False
-        self._link_changes = 0
+        self._link_changes = self._link_losses = 0
         self._quiet_until = 0.0
 
     async def start(self) -> None:
@@ -230,9 +230,14 @@ class XfrmBackend(TableBackend):
     def _look_at_links(self) -> None:
         sockets = self._sockets
         self.set_opaque_interfaces(sockets is None or sockets.links.opaque)
-        if sockets is not None and sockets.links.changes != self._link_changes:
-            self._link_changes = sockets.links.changes
+        if sockets is None:
+            return
+        changes, losses = sockets.links.changes, sockets.links.losses
+        if losses != self._link_losses:
+            self.resolver.own_until = self.mirror.count_change()
+        if changes != self._link_changes:
             self.mirror.bump()
+        self._link_changes, self._link_losses = changes, losses
 
     def _look_at_marks(self) -> None:
         """Tell the stamp where others began or ceased to use marks."""
@@ -297,6 +302,8 @@ class XfrmBackend(TableBackend):
             sockets.events.drain()
             if self._lost or not self.mirror.finish_resync(self.clock()):
                 raise BackendOverrun(errno.ENOBUFS, "events were lost while the tables were read")
+            # Nobody told of what went meanwhile.
+            self.resolver.opaque_until = self.resolver.own_until = self.mirror.changes
             self._look_at_links()
             self._look_at_marks()
             self.changed()

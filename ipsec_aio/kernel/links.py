@@ -28,12 +28,12 @@ _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errn
 class Links:
     """The interfaces and addresses of the namespace in which this was built.
 
-    ``changes`` counts what came and went. Needs no privilege. Raises OSError where there is no
-    rtnetlink.
+    ``changes`` counts the addresses that came or went, ``losses`` those that went. Needs no
+    privilege. Raises OSError where there is no rtnetlink.
     """
 
     def __init__(self, *, factory: SocketFactory = socket.socket) -> None:
-        self.changes = 0
+        self.changes = self.losses = 0
         self._opaque: set[int] = set()
         self._known = False
         self._loading = False
@@ -122,6 +122,7 @@ class Links:
     def _take(self, buffer: memoryview, message: Message) -> None:
         if rtnetlink.changes_addresses(message):
             self.changes += 1
+            self.losses += rtnetlink.removes_address(message)
             return
         link = rtnetlink.decode_link(buffer, message)
         if link is None:

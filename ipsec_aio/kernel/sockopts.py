@@ -5,6 +5,7 @@ Numbers are asm-generic's (socket(7), ip(7), ipv6(7), include/uapi/asm-generic/s
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import sys
@@ -31,6 +32,7 @@ __all__ = [
     "examine",
     "has_key_manager",
     "is_listening",
+    "is_readable",
     "is_v6only",
     "mark_and_cookie",
     "netns_cookie",
@@ -122,6 +124,18 @@ def protocol_of(sock: socket.socket) -> int:
 def is_listening(sock: socket.socket) -> bool:
     """Say whether listen() was called on a socket. Raises OSError for a closed one."""
     return bool(sock.getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN))
+
+
+def is_readable(sock: _HasFileno) -> bool:
+    """Say whether something waits in a socket's queue, in doubt True: connections to accept, where
+    it is listening.
+    """
+    poll = select.poll()
+    try:
+        poll.register(sock.fileno(), select.POLLIN)
+        return any(events & (select.POLLIN | select.POLLNVAL) for _, events in poll.poll(0))
+    except (OSError, ValueError):
+        return True
 
 
 def is_v6only(sock: socket.socket) -> bool:

@@ -17,6 +17,9 @@ Rules:
   says more than the first one that said anything, since earlier bytes came under that.
 * An outgoing connection carries no stamp: POLICY at most, or ENFORCED where the kernel held it to
   its requirement before it was connected.
+* What waits to be read may have come before the policies changed: after that a connection counts as
+  judged by them from the moment on at which nothing waited (which does not tell of segments that
+  the kernel holds back because others are missing before them).
 * A connection's own policy, inherited or set, stands in for the SPD: so the SPD is asked here, too.
 * Addresses come from the socket alone.
 * Tokens that were handed out stay as they are; ``get_extra_info("ptoken")`` and
@@ -36,16 +39,16 @@ from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
-from ipsec_aio.evidence import IPPROTO_TCP, Evidence
+from ipsec_aio.evidence import IPPROTO_TCP, NEVER, Evidence
 from ipsec_aio.flow import unmap
-from ipsec_aio.kernel.sockopts import examine, read_mark
+from ipsec_aio.kernel.sockopts import examine, is_readable, read_mark
 
 from . import registry
 from .context import TokenCell
-from .enforce import Where, weakly
+from .enforce import Where
 from .forward import user_of
 from .latching import guard_for
-from .listening import Listener, run_soon, unfitness
+from .listening import Listener, arrivals, run_soon, unfitness, weakly
 from .protocols import takes_token
 
 if TYPE_CHECKING:
@@ -62,6 +65,8 @@ __all__ = ["KNOWN_LIMIT", "Connection", "Facts", "Judge"]
 
 KNOWN_LIMIT = 4096
 """How many peers' tokens are kept for their next connections."""
+_AGAIN = 1.0
+"""Seconds until a connection is looked at again in whose queue something waited."""
 
 _IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _NO_CONTEXT = Context()
@@ -76,10 +81,11 @@ class Facts(NamedTuple):
     mark: int | None
     generation: int
     doubt: str
+    after: int = NEVER
 
     def evidence(self) -> Evidence:
         """The same as evidence."""
-        local, peer, mark, generation, doubt = self
+        local, peer, mark, generation, doubt, after = self
         return Evidence(
             IPPROTO_TCP,
             _packed(local[0]),
@@ -89,6 +95,7 @@ class Facts(NamedTuple):
             mark,
             generation,
             doubt=doubt,
+            after=after,
         )
 
 
@@ -116,10 +123,13 @@ class Connection:
     """The kernel's number of its socket, once somebody has asked for it (:mod:`.registry`)."""
     protected: bool | None = None
     """Whether its first token is protected; None where that is not settled."""
+    after = NEVER
+    """What the backend's policies were before its socket was made, NEVER where not known."""
     _listener: Listener | None = None
     _ceiling = Assurance.UNKNOWN
     _evidence: Evidence | None = None
     _facts: Facts
+    _looking = False
 
     def __init__(
         self,
@@ -130,12 +140,15 @@ class Connection:
     ) -> None:
         self.cell = TokenCell()
         self.judge = judge
+        self._number = next(arrivals)
         self.shared = shared
         self._facts = _NOT_CONNECTED
         self._listeners = listeners
         self._transport: Callable[[], asyncio.BaseTransport | None] = _nothing
         if listeners is not None:
             judge.accepted += 1
+        else:
+            self.after = judge.backend.policies
 
     def __del__(self) -> None:
         self.close()
@@ -148,8 +161,11 @@ class Connection:
         facts = self._facts = self._read(transport)
         if self._listeners is None:
             judge.drain()
+            self._catch_up(transport)
         else:
             judge.drain_for_accepted()
+            if not facts.generation:
+                self._look_later()
         if self._listeners is None or self._evidence is not None:
             token = judge.resolve(self.evidence)
         else:
@@ -191,13 +207,16 @@ class Connection:
             listener = self._listeners.get(local[1])
         # Ports of IP sockets alone have listeners.
         if listener is not None:
-            facts = Facts(local, peer, *listener.read(mark, self.judge.accepted))
+            told = listener.read(mark, self.judge.accepted)
+            self.after = listener.emptied_before(self._number)
+            facts = Facts(local, peer, *told, self.after)
             self._listener = listener
             listener.hold()
         elif sock.family not in _IP_FAMILIES:
             return _nowhere("not an IP socket")
         elif self._listeners is None:
-            facts = Facts(local, peer, None, 0, unfitness(sock, self.judge.backend))
+            doubt = unfitness(sock, self.judge.backend)
+            facts = Facts(local, peer, None, 0, doubt, self.after)
         else:
             facts = Facts(local, peer, None, 0, "no listener of ours has this port")
         if self.enforcement is not None or (listener is not None and listener.enforces):
@@ -327,6 +346,9 @@ class Connection:
 
     def infer(self) -> None:
         """Ask again, and take no answer that claims more than the first."""
+        transport = self._transport()
+        if transport is not None:
+            self._catch_up(transport)
         evidence, enforcement = self.evidence, self.enforcement
         if enforcement is not None:
             evidence = self._evidence = replace(evidence, enforced=enforcement.template)
@@ -334,8 +356,37 @@ class Connection:
         token = self.judge.resolve(evidence)
         if self._ceiling is Assurance.UNKNOWN:
             self._ceiling = token.assurance
+        elif self._ceiling is Assurance.NONE and token.assurance > Assurance.NONE:
+            # It would no longer be true that all of it is clear.
+            token = self.judge.resolve(replace(evidence, doubt="it was clear when it began"))
         if token.assurance <= self._ceiling:
             self._replace(token)
+
+    def _catch_up(self, transport: asyncio.BaseTransport) -> None:
+        """Where nothing waits to be read, all that came before now was read; else look later."""
+        policies = self.judge.backend.policies
+        sock: Any = transport.get_extra_info("socket")
+        if self.evidence.after == policies or sock is None:
+            return
+        if is_readable(sock):
+            self._look_later()
+        else:
+            self._evidence = replace(self.evidence, after=policies)
+
+    def _look_later(self) -> None:
+        evidence, judge = self.evidence, self.judge
+        behind = evidence.after != judge.backend.policies
+        if behind and not (self._looking or evidence.doubt or evidence.generation):
+            self._looking = True
+            judge.call_at(judge.time() + _AGAIN, self._look_again)
+
+    def _look_again(self) -> None:
+        self._looking = False
+        transport = self._transport()
+        if transport is None:
+            self._look_later()
+        elif not (transport.is_closing() or self.evidence.doubt or self.evidence.generation):
+            self.infer()
 
     def review(self, closed: bool = False) -> None:
         """The backend's epoch has moved, or it was closed: see what the token still rests on."""
@@ -398,7 +449,7 @@ class Judge:
         self.drained = -1
         """How many were when the backend was drained for them."""
         self._epoch = backend.epoch
-        self._known: dict[tuple[str, str, int | None, int], tuple[PToken, bool]] = {}
+        self._known: dict[tuple[object, ...], tuple[PToken, bool]] = {}
         self._when_closed = backend.resolve(_nowhere("the backend is closed").evidence())
         self.latched: WeakSet[Connection] = WeakSet()
         self._unsubscribe = backend.subscribe(weakly(self._changed))
@@ -458,14 +509,14 @@ class Judge:
 
         What a stamp proves of a peer is the same for all its connections, while nothing changes.
         """
-        local, peer, mark, generation, doubt = facts
+        local, peer, mark, generation, doubt, after = facts
         if not generation or doubt:
             return self.resolve(facts.evidence()), None
         backend, known = self._backend, self._known
         if self._epoch != backend.epoch:
             self._epoch = backend.epoch
             known.clear()
-        key = local[0], peer[0], mark, generation
+        key = local[0], peer[0], mark, generation, after
         found = known.get(key)
         if found is not None:
             return found

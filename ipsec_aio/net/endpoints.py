@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ipsec_aio.backends import resolve_backend
 from ipsec_aio.errors import BackendError
-from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
+from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, NEVER
 from ipsec_aio.flow import pack_address
 from ipsec_aio.log import net_logger
 
@@ -134,6 +134,7 @@ class _Opened:
         self._owned = owned
         self._registration: Registration | None = None
         self._covered: int | None = None
+        self._after = NEVER
         self._address: Any = None
         self._handed_over = False
         self._enforcement: Enforcement | None = None
@@ -197,6 +198,7 @@ class _Opened:
 
     async def bind(self, backend: Backend, address: Any, peer: Any) -> None:
         """Bind, where there is an address, to be connected to ``peer``."""
+        self._after = backend.policies
         if address is not None and runs_udp(self._sock) and 0 < address[1] < 65536:
             self._registration = await backend.register(IPPROTO_UDP, address[1])
             self._covered = self._registration.generation
@@ -248,6 +250,7 @@ class _Opened:
             self._registration,
             require,
             covered=self._covered,
+            after=self._after,
             enforcement=self._enforcement,
         )
         waiter: asyncio.Future[None] = loop.create_future()

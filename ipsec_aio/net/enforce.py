@@ -23,12 +23,12 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
-from weakref import WeakMethod, WeakSet, WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from ipsec_aio.enforcement import Plan, common, derive
 from ipsec_aio.enums import Direction, PolicyAction
 from ipsec_aio.errors import BackendDenied, BackendUnavailable
-from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
+from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, NEVER
 from ipsec_aio.flow import Selector
 from ipsec_aio.kernel.sockopts import (
     clear_policies,
@@ -43,7 +43,7 @@ from ipsec_aio.policy import Policy
 from ipsec_aio.require import Require
 from ipsec_aio.wire.sockpolicy import encode
 
-from .listening import run_soon
+from .listening import run_soon, weakly
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend
@@ -60,7 +60,6 @@ __all__ = [
     "Where",
     "check_options",
     "enforcement_for",
-    "weakly",
 ]
 
 KERNEL: Final = "kernel"
@@ -161,7 +160,7 @@ class Enforcement:
         self._cookie: int | None = None
         self._where = Where(b"", 0)
         self._plan: Plan | None = None
-        self._policies: object = None
+        self._policies = NEVER
         self._keeper: _Keeper | None = None
         self._shut = self._kept = False
         self._leaving = True
@@ -253,7 +252,7 @@ class Enforcement:
         """Set the policy for what leaves, too, where there is one."""
         if not self._leaving:
             self._leaving = True
-            self._policies = None
+            self._policies = NEVER
             self.refresh()
 
     def inherit(self, sock: socket.socket, where: Where) -> Enforcement | None:
@@ -486,18 +485,6 @@ def _encode(
     return encode(
         Policy(selector=selector, direction=direction, action=action, templates=templates)
     )
-
-
-def weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """Return a callback that does nothing once the method's object is gone."""
-    reference = WeakMethod(method)
-
-    def call() -> None:
-        target = reference()
-        if target is not None:
-            target()
-
-    return call
 
 
 def _never() -> bool:

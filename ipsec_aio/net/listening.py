@@ -7,6 +7,8 @@ Rules:
   came before it (``SETTLE``); then the listener is as good as new.
 * The listener's own SO_MARK must be 0, at each accept: connections inherit it.
 * All of this is looked at after accept(2), once for the connections that were accepted by then.
+* Policies judge a handshake as they are when its last packet comes, which may have been long
+  before accept(2). Only what was accepted after the queue was seen empty came after that moment.
 * It must be plain TCP (an MPTCP connection has subflows that nobody stamped), in the backend's
   network namespace, and decrypted fragments must not reach reassembly.
 * What is not met goes into the evidence's ``doubt``, by name.
@@ -20,12 +22,16 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Final
+from weakref import WeakMethod
 
 from ipsec_aio.errors import BackendError
+from ipsec_aio.evidence import NEVER
 from ipsec_aio.kernel.sockopts import (
     examine,
     is_listening,
+    is_readable,
     netns_cookie,
     protocol_of,
     read_mark,
@@ -36,11 +42,13 @@ if TYPE_CHECKING:
 
     from .enforce import Enforcement
 
-__all__ = ["SETTLE", "Listener", "run_soon", "unfitness"]
+__all__ = ["SETTLE", "Listener", "arrivals", "run_soon", "unfitness", "weakly"]
 
 SETTLE = 64.0
 """Seconds that a connection can take from SYN to accept: 2^(tcp_synack_retries + 1) - 1 with the
 kernel's 5 retries (ip-sysctl)."""
+arrivals: Final = count()
+"""Numbers connections, and the moments at which none was on its way, in their order."""
 
 
 def unfitness(sock: socket.socket, backend: Backend) -> str:
@@ -74,14 +82,29 @@ def run_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> N
         callback()
 
 
+def weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a callback that does nothing once the method's object is gone."""
+    reference = WeakMethod(method)
+
+    def call() -> None:
+        target = reference()
+        if target is not None:
+            target()
+
+    return call
+
+
 class Listener:
     """One port of one server. To be made after bind and registration, before listen."""
 
     __slots__ = (
         "__weakref__",
         "_accepted",
+        "_backend",
         "_closed",
         "_early",
+        "_emptied",
+        "_emptying",
         "_enforcements",
         "_generation",
         "_holds",
@@ -92,6 +115,7 @@ class Listener:
         "_since",
         "_sockets",
         "_unfit",
+        "_unsubscribe",
     )
 
     def __init__(
@@ -103,6 +127,7 @@ class Listener:
         enforcements: Sequence[tuple[int, bytes, Enforcement]] = (),
     ) -> None:
         self._loop = loop
+        self._backend = backend
         # Of each socket that has one: its family and local address.
         self._enforcements = enforcements
         self._registration = registration
@@ -116,6 +141,12 @@ class Listener:
         self._marked = False
         self._accepted = -1
         self._seen = (False, 0, "")
+        # The newest first: what arrives from that number on came after the policies were these.
+        self._emptied = ((NEVER, NEVER), (NEVER, NEVER))
+        self._emptying = False
+        self._unsubscribe = backend.subscribe(weakly(self._look_whether_empty))
+        if self._early:
+            self._look_whether_empty()
 
     @property
     def generation(self) -> int:
@@ -142,8 +173,34 @@ class Listener:
         return None
 
     def about_to_listen(self) -> None:
-        """Note the generation that all handshakes will be of."""
+        """Note the generation that all handshakes will be of, and the policies that judge them."""
         self._generation = self._registration.generation
+        if not self._early:
+            self._note_empty(self._backend.policies)
+
+    def emptied_before(self, number: int) -> int:
+        """Return what the backend's ``policies`` was when nothing waited to be accepted, at last
+        before a connection arrived, NEVER for unknown; ``number`` is the connection's.
+        """
+        (newest, policies), (older, before) = self._emptied
+        return policies if number > newest else before if number > older else NEVER
+
+    def _look_whether_empty(self) -> None:
+        policies = self._backend.policies
+        if (
+            policies == self._emptied[0][1]
+            or self._emptying
+            or self._closed
+            or any(map(is_readable, self._sockets))
+        ):
+            return
+        self._emptying = True
+        # What asyncio accepted before has a task that is due by now, and gets its number there.
+        self._loop.call_soon(self._note_empty, policies)
+
+    def _note_empty(self, policies: int) -> None:
+        self._emptying = False
+        self._emptied = (next(arrivals), policies), self._emptied[0]
 
     def read(self, mark: int | None, accepted: int) -> tuple[int | None, int, str]:
         """Return mark, generation and doubt for a connection that was accepted just now with a
@@ -169,6 +226,7 @@ class Listener:
         if generation != self._generation:
             self._generation = generation
             self._since = self._loop.time()
+        self._look_whether_empty()
         doubt = self._unfit or (self._doubt() if generation else "")
         means = not doubt and registration.reads_marks and (generation or not self._is_marked())
         return bool(means), generation, doubt
@@ -188,6 +246,7 @@ class Listener:
             self._marked = self._is_marked()
             self._closed = True
             self._sockets = ()
+            self._unsubscribe()
             for _, _, enforcement in self._enforcements:
                 enforcement.close()
             self._close_if_unused()

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack, c
 from ipsec_aio.backends import resolve_backend
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import IPsecError, ProtectionError
-from ipsec_aio.evidence import IPPROTO_TCP
+from ipsec_aio.evidence import IPPROTO_TCP, NEVER
 from ipsec_aio.flow import pack_address
 from ipsec_aio.kernel.sockopts import is_listening
 from ipsec_aio.latch import Latch, ListenerLatch
@@ -211,6 +211,8 @@ async def create_connection(
         return handovers[-1]
 
     given: dict[str, Any] = {**options}
+    if given.get("sock") is not None:
+        connection.after = NEVER
     made: socket.socket | None = None
     if require is not None:
         made, connection.enforcement = await connect_protected(

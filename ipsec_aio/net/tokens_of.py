@@ -34,7 +34,8 @@ def get_ptoken(
 
     Connections that this package made or accepted have theirs, stamp included. Any other socket
     has no evidence but its addresses: ``backend``, or the process default, says what the policies
-    do for traffic from its peer, POLICY at most.
+    do for what its peer sends at this moment, POLICY at most. What came before may be waiting in
+    the socket, and was judged by the policies of its time.
 
     Synchronous, a few system calls. Raises OSError (ENOTCONN, EBADF, ENOTSOCK) for what is no
     connected socket, BackendUnavailable where there is no backend, where it is closed, or where
@@ -61,8 +62,8 @@ def get_ptoken(
             return connection.ptoken
         peer = sock.getpeername()
         chosen = current_backend(backend)
+        chosen.drain()
         evidence = _evidence(sock, peer, chosen)
-    chosen.drain()
     return chosen.resolve(evidence)
 
 
@@ -77,4 +78,12 @@ def _evidence(sock: socket.socket, peer: Any, backend: Backend) -> Evidence:
     elif cookie is not None and cookie != netns_cookie(sock):
         doubt = "the socket is in another network namespace"
     host, port = sock.getsockname()[:2]
-    return Evidence(protocol, pack_address(host), port, pack_address(peer[0]), peer[1], doubt=doubt)
+    return Evidence(
+        protocol,
+        pack_address(host),
+        port,
+        pack_address(peer[0]),
+        peer[1],
+        doubt=doubt,
+        after=backend.policies,
+    )

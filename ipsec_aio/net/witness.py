@@ -5,9 +5,10 @@ Rules:
 * Per wake-up: receive, :meth:`Witness.look`, then judge each datagram, then deliver. ``look``
   drains the backend, so that a token knows at least what the kernel had told when the datagram
   was received.
-* A stamp covers a datagram only if it was verified before the datagram arrived. What may have
-  waited in the receive queue since before is in doubt, until the queue was seen empty once, which
-  is looked for at once (:meth:`Witness.watch`) and then after each receiving.
+* A stamp covers a datagram only if it was verified before the datagram arrived, and the policies
+  judge one only as they were then. What may have waited in the receive queue since before either
+  changed is in doubt, until the queue was seen empty once, which is looked for at once
+  (:meth:`Witness.watch`) and then after each receiving.
 * A verdict is kept by its raw evidence (sender and control messages) as long as the backend's
   epoch and the stamp stay as they are. Kept are at most ``PROTECTED_LIMIT`` protected peers,
   ``CACHE_LIMIT`` clear ones, and as many that are UNKNOWN or refused: none of these kinds pushes
@@ -18,7 +19,6 @@ Rules:
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
-from ipsec_aio.evidence import IPPROTO_UDP, Evidence
+from ipsec_aio.evidence import IPPROTO_UDP, NEVER, Evidence
 from ipsec_aio.flow import pack_address
 from ipsec_aio.kernel.sockopts import (
+    is_readable,
     netns_cookie,
     protocol_of,
     receive_fragment_sizes,
@@ -100,7 +101,8 @@ class Witness:
     """Judges the datagrams of one socket, which is bound, connected or will be bound later.
 
     ``registration`` is None where the backend covers no port of it. ``covered`` is the stamp's
-    generation as read before the socket was bound; None where it was registered later.
+    generation as read before the socket was bound; None where it was registered later. ``after``
+    is the backend's ``policies`` as read before that, NEVER where it was not.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Witness:
         require: Require | None = None,
         *,
         covered: int | None = None,
+        after: int = NEVER,
         enforcement: Enforcement | None = None,
     ) -> None:
         self._sock = sock
@@ -130,7 +133,7 @@ class Witness:
         # The epoch that was last looked at, and the version of the enforcement.
         self._epoch = -1
         self._version = 0
-        # Whether nothing but these two can change what is concluded.
+        # Whether nothing but these two can change what is concluded: no system call is due.
         self._settled = False
         self._state: object = None
         self._gap = False
@@ -144,12 +147,15 @@ class Witness:
         self._locate()
         self._generation = self._stamp()
         self._covered = covered or 0
-        if covered is None:
+        self._emptied = self._after = after
+        if covered is None or after == NEVER:
             self._cover()
 
     def watch(self) -> None:
-        """Follow the stamp also while nothing arrives. Call on the loop; ends with close()."""
-        if self._registration is not None:
+        """Follow stamp and policies also while nothing arrives. Call on the loop; ends with
+        close().
+        """
+        if not self._doubt:
             self._unsubscribe = self._backend.subscribe(self._cover)
 
     def close(self) -> None:
@@ -161,10 +167,14 @@ class Witness:
             self._registration.close()
 
     def _cover(self) -> None:
-        stamp = self._stamp()
-        # In this order: what arrives after the queue was seen empty arrived after the stamp.
-        if stamp != self._covered and not _is_readable(self._sock):
-            self._covered = stamp
+        now = self._stamp(), self._backend.policies
+        # In this order: what arrives after the queue was seen empty arrived after both.
+        if (
+            now != (self._covered, self._emptied)
+            and not self._doubt
+            and not is_readable(self._sock)
+        ):
+            self._covered, self._emptied = now
 
     def look(self) -> None:
         """Take in what the backend knows by now: after receiving, before judging."""
@@ -184,20 +194,22 @@ class Witness:
 
     def _look_closely(self, epoch: int) -> None:
         generation, covered = self._stamp(), self._covered
+        policies, emptied = self._backend.policies, self._emptied
         version = 0 if self._enforcement is None else self._enforcement.version
-        state = epoch, version, generation, covered
+        state = epoch, version, generation, covered, emptied
         if state != self._state:
             self._state = state
             self._epoch, self._version = epoch, version
             self._generation = generation
+            self._after = emptied
             # A stamp that is lost and restored has another generation: nothing was in between.
             self._gap = generation not in (0, covered)
             self._forget()
-        if generation != covered:
+        if generation != covered or policies != emptied:
             self._cover()
         if not self._port:
             self._locate()
-        self._settled = generation == covered and self._port > 0
+        self._settled = generation == covered and policies == emptied and self._port > 0
 
     def welcome(self, evidence: Sequence[bytes]) -> tuple[list[Entry], int] | None:
         """Return sender and token of datagrams that a :class:`~.batch.Batch` has received.
@@ -281,7 +293,15 @@ class Witness:
         if not self._ip:
             return self._verdict(_unknown(self._doubt)).token
         peer = pack_address(addr[0])
-        evidence = Evidence(IPPROTO_UDP, self._local, self._port, peer, addr[1], doubt=self._doubt)
+        evidence = Evidence(
+            IPPROTO_UDP,
+            self._local,
+            self._port,
+            peer,
+            addr[1],
+            doubt=self._doubt,
+            after=self._backend.policies,
+        )
         return self._verdict(self._enforced(evidence)).token
 
     def pinned(self, token: PToken, addr: Any) -> ProtectionError | None:
@@ -388,6 +408,7 @@ class Witness:
             told.mark,
             stamp,
             doubt,
+            after=self._after,
         )
         return self._enforced(evidence)
 
@@ -427,9 +448,3 @@ def _nothing() -> None:
 
 def _unknown(doubt: str) -> Evidence:
     return Evidence(IPPROTO_UDP, b"", 0, b"", 0, doubt=doubt)
-
-
-def _is_readable(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return any(events & select.POLLIN for _, events in poll.poll(0))

@@ -21,6 +21,7 @@ __all__ = [
     "dump_rules",
     "get_route",
     "is_local_route",
+    "removes_address",
 ]
 
 NETLINK_ROUTE = 0
@@ -115,6 +116,11 @@ def decode_mark_rule(buffer: Buffer, message: Message) -> MarkRule | None:
 def changes_addresses(message: Message) -> bool:
     """Whether a message tells that an address came or went."""
     return message.kind in (_NEWADDR, _DELADDR)
+
+
+def removes_address(message: Message) -> bool:
+    """Whether a message tells that an address went."""
+    return message.kind == _DELADDR
 
 
 def is_local_route(buffer: Buffer, message: Message) -> bool:

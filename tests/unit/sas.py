@@ -13,6 +13,9 @@ from ipsec_aio.sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, Algorithm
 LOCAL, PEER, OTHER = (pack_address(f"192.0.2.{n}") for n in (1, 2, 3))
 GATE, FAR = pack_address("198.51.100.1"), pack_address("198.51.100.2")
 
+NOW = 1 << 30
+"""More than the changes that any test makes."""
+
 GCM = Algorithm("rfc4106(gcm(aes))", 160, 128)
 GMAC = Algorithm("rfc4543(gcm(aes))", 160, 128)
 CBC = Algorithm("cbc(aes)", 128)
@@ -70,7 +73,7 @@ def protect(*templates: Template, priority=10, index=8, **fields) -> Policy:
 
 
 def seen(spi=0, *, local=LOCAL, peer=PEER, generation=1, **fields) -> Evidence:
-    """Evidence of a datagram that was stamped with an SPI."""
+    """Evidence of a datagram that was stamped with an SPI, and waited in no queue."""
     mark = int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
     return Evidence(
         fields.pop("protocol", IPPROTO_UDP),
@@ -80,5 +83,5 @@ def seen(spi=0, *, local=LOCAL, peer=PEER, generation=1, **fields) -> Evidence:
         fields.pop("peer_port", 40000),
         fields.pop("mark", mark),
         generation,
-        **fields,
+        **{"after": NOW} | fields,
     )

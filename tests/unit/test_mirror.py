@@ -26,7 +26,7 @@ from ipsec_aio.events import (
     SAsFlushed,
 )
 from ipsec_aio.flow import Flow, Mark, Selector
-from ipsec_aio.mirror import POLICY_AGE, TOMBSTONE_SECONDS, Mirror
+from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
 from ipsec_aio.policy import Template
 from ipsec_aio.sa import IPPROTO_ESP, Encapsulation, Lifetime, Usage
 
@@ -230,17 +230,33 @@ def test_policies_come_and_go(mirror):
     assert not bumps(mirror, PolicyAdded(protect(index=8 | 4)))
 
 
-def test_a_policy_comes_of_age(mirror):
-    one = protect()
-    mirror.apply(PolicyAdded(one), 5)
-    mirror.apply(PolicyAdded(protect(selector=Selector(proto=6))), 5)
-    assert not mirror.vouches(one, 5 + POLICY_AGE - 0.01)
-    assert mirror.next_deadline() == 5 + POLICY_AGE
-    epoch = mirror.epoch
-    mirror.advance(5 + POLICY_AGE)
-    assert mirror.epoch == epoch + 1
-    assert mirror.vouches(one, 5 + POLICY_AGE)
+def test_changes_of_policies_are_counted_and_time_is_not(mirror):
+    one, changes = protect(), [mirror.changes]
+    block = DefaultActions(PolicyAction.BLOCK, PolicyAction.ALLOW, PolicyAction.ALLOW)
+    for event in (
+        PolicyAdded(one),
+        PolicyAdded(protect(priority=9)),
+        PolicyAdded(protect(priority=1, selector=Selector(proto=6))),
+        PolicyDeleted(protect(selector=Selector(proto=6)).key),
+        block,
+        PolicyExpired(one, True),
+        PolicyAdded(one),
+        PoliciesFlushed(0),
+    ):
+        mirror.apply(event, 5)
+        changes.append(mirror.changes)
+        mirror.apply(event, 6)
+        assert mirror.changes == changes[-1], "it was known"
+    assert changes == sorted(set(changes))
+    mirror.apply(SAAdded(esp()), 6)
+    mirror.apply(PolicyExpired(one, False), 6)
+    assert mirror.changes == changes[-1]
+    assert mirror.count_change() == mirror.changes == changes[-1] + 1
     assert mirror.next_deadline() is None
+    assert not mirror.ages
+    epoch = mirror.epoch
+    mirror.advance(1000)
+    assert (mirror.epoch, mirror.changes) == (epoch, changes[-1] + 1)
 
 
 def test_default_actions(mirror):
@@ -277,7 +293,9 @@ def test_a_resync_swaps_all_at_once(mirror):
     mirror.apply(SAAdded(esp(1)), 1)
     mirror.apply(SAAdded(esp(2)), 1)
     mirror.apply(SAAdded(esp(3)), 1)
-    epoch = mirror.epoch
+    for _ in range(20):
+        mirror.count_change()
+    epoch, changes = mirror.epoch, mirror.changes
     mirror.begin_resync(2)
     assert not mirror.synced
     assert mirror.epoch != epoch
@@ -294,8 +312,11 @@ def test_a_resync_swaps_all_at_once(mirror):
     assert [sa.spi for sa in mirror.sas()] == [2, 4]
     assert sorted(sa.spi for sa in mirror.tombstones()) == [1, 1, 2, 3]
     assert mirror.defaults.inbound is PolicyAction.BLOCK
-    assert not mirror.vouches(protect(), 3.5)
-    assert mirror.vouches(protect(), 4)
+    flow = Flow(PEER, LOCAL)
+    ties = mirror.spd.ties(flow, Direction.IN)
+    assert mirror.changes > changes
+    assert not mirror.spd.stood(ties, flow, mirror.changes - 1)
+    assert mirror.spd.stood(ties, flow, mirror.changes)
 
 
 def test_a_resync_that_begins_again_forgets_what_was_loaded(mirror):

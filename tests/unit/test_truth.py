@@ -13,6 +13,7 @@ from sas import (
     GATE,
     GMAC,
     LOCAL,
+    NOW,
     OTHER,
     PEER,
     ah,
@@ -34,7 +35,7 @@ from ipsec_aio.events import (
     SADeleted,
     SAMigrated,
 )
-from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP
+from ipsec_aio.evidence import IPPROTO_TCP, IPPROTO_UDP, NEVER
 from ipsec_aio.flow import Mark, Selector, pack_address
 from ipsec_aio.mirror import TOMBSTONE_SECONDS, Mirror
 from ipsec_aio.policy import Template
@@ -87,7 +88,7 @@ class Bench:
         return True
 
     def judge(self, evidence):
-        return self.table.judge(evidence, self.now).verdict
+        return self.table.judge(evidence).verdict
 
     def __call__(self, evidence):
         return self.judge(evidence).assurance
@@ -285,7 +286,7 @@ def test_without_anybody_to_ask_it_waits():
     mirror.finish_resync(0)
     table = TruthTable(mirror)
     table.generation = 1
-    assert table.judge(seen(0x1001), 0) is MISSING
+    assert table.judge(seen(0x1001)) is MISSING
 
 
 def test_a_missing_sa_is_asked_for_once_and_then_waited_for():
@@ -386,12 +387,94 @@ def test_a_policy_that_demands_protection_vouches_weakly():
 
 def test_a_policy_speaks_only_for_what_came_after_it():
     bench = Bench(esp())
+    queued = inferred(after=bench.mirror.changes)
     bench.tell(protect())
-    assert bench(inferred()) is UNKNOWN
-    bench.wait(1)
-    assert bench(inferred()) is POLICY
+    bench.wait(3600)
+    verdict = bench.judge(queued)
+    assert (verdict.assurance, verdict.protection.integrity) == (UNKNOWN, None)
+    assert "arrived before" in verdict.reason
+    assert bench(inferred(after=NEVER)) is UNKNOWN
+    later = inferred(after=bench.mirror.changes)
+    assert bench(later) is POLICY
     bench.tell(protect(priority=9))
-    assert bench(inferred()) is UNKNOWN
+    assert bench(later) is UNKNOWN
+    assert bench(inferred(after=bench.mirror.changes)) is POLICY
+
+
+def test_what_a_bypass_let_in_is_not_lent_the_policy_behind_it():
+    bypass = replace(protect(priority=1, index=16, selector=Selector(proto=17)), templates=())
+    bench = Bench(protect(), bypass, esp())
+    queued = inferred(after=bench.mirror.changes)
+    assert bench(queued) is UNKNOWN
+    bench.mirror.apply(PolicyDeleted(bypass.key), bench.now)
+    bench.wait(3600)
+    assert bench(queued) is UNKNOWN
+    assert bench(inferred(after=bench.mirror.changes)) is POLICY
+
+
+def test_nor_what_a_policy_let_in_that_is_gone_called_clear():
+    bench = Bench(protect())
+    queued = inferred(after=bench.mirror.changes)
+    bench.mirror.apply(PolicyDeleted(protect().key), bench.now)
+    bench.wait(3600)
+    assert bench(queued) is UNKNOWN
+    assert bench(inferred(after=bench.mirror.changes)) is NONE
+    bench.mirror.apply(DefaultActions(*[PolicyAction.BLOCK] * 3), bench.now)
+    blocked = inferred(after=bench.mirror.changes)
+    bench.mirror.apply(DefaultActions(*[PolicyAction.ALLOW] * 3), bench.now)
+    assert bench(blocked) is UNKNOWN
+
+
+def test_changes_for_others_are_no_matter():
+    bench = Bench(protect(), esp())
+    queued = inferred(after=bench.mirror.changes)
+    other = protect(priority=1, selector=Selector(OTHER, source_prefix=32, family=2), index=16)
+    bench.tell(other, protect(priority=99, selector=Selector(proto=17)))
+    bench.mirror.apply(PolicyDeleted(other.key), bench.now)
+    assert bench(queued) is POLICY
+
+
+def test_after_a_resync_policies_speak_of_what_comes_then():
+    bench = Bench(protect(), esp())
+    queued = inferred(after=bench.mirror.changes)
+    bench.mirror.begin_resync(bench.now)
+    bench.mirror.load(PolicyAdded(protect()), bench.now)
+    bench.mirror.load(SAAdded(esp()), bench.now)
+    bench.mirror.finish_resync(bench.now)
+    assert bench(queued) is UNKNOWN
+    assert bench(inferred(after=bench.mirror.changes)) is POLICY
+
+
+@pytest.mark.parametrize("enforced", [None, Template()])
+def test_an_interface_that_went_may_have_hidden_what_is_queued(enforced):
+    bench = Bench(esp(), protect())
+    fields = {"enforced": enforced, "after": bench.mirror.changes}
+    bench.table.opaque_interfaces = True
+    bench.mirror.count_change()
+    bench.table.opaque_interfaces = False
+    bench.table.opaque_until = bench.mirror.count_change()
+    queued = [seen(0, **fields), inferred(**fields)]
+    assert [bench(each) for each in queued] == [UNKNOWN, UNKNOWN]
+    assert bench(seen(0x1001, **fields)) is EXACT
+    fields["after"] = bench.mirror.changes
+    assert bench(seen(0, **fields)) is NONE
+    assert bench(inferred(**fields)) is (Assurance.ENFORCED if enforced else POLICY)
+
+
+def test_an_address_that_went_may_have_been_the_sender_s():
+    bench = Bench(protect(), esp(), comp(destination=OTHER))
+    after = bench.mirror.changes
+    bench.table.own_until = bench.mirror.count_change()
+    assert bench(inferred(after=after)) is UNKNOWN
+    assert bench(inferred(after=bench.mirror.changes)) is POLICY
+    assert bench.judge(seen(0x1001, after=after)).protection.integrity is False
+    assert bench.judge(seen(0x1001, after=bench.mirror.changes)).protection.integrity is True
+    away = replace(null(), source=GATE, destination=FAR, mode=Mode.TUNNEL)
+    bench = Bench(tunnel(), away)
+    bench.table.is_own = {GATE, LOCAL}.__contains__
+    assert bench.judge(seen(0x1001)).protection.privacy is True
+    bench.table.own_until = NOW + 1
+    assert bench.judge(seen(0x1001)).protection.privacy is False
 
 
 @pytest.mark.parametrize(
@@ -741,4 +824,4 @@ def test_what_ignores_ports_is_judged_alike_with_others(known, gone, spi, genera
     evidence = seen(spi, generation=generation)
     if bench.table.ignores_ports(evidence):
         other = replace(evidence, peer_port=40001, local_port=5001)
-        assert bench.table.judge(evidence, bench.now) == bench.table.judge(other, bench.now)
+        assert bench.table.judge(evidence) == bench.table.judge(other)

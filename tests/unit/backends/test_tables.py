@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
-from sas import esp, protect, seen
+from sas import esp, seen
 
 from ipsec_aio.backends.tables import TableBackend
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendUnavailable
-from ipsec_aio.events import PolicyAdded, SAAdded, SADeleted
+from ipsec_aio.events import SAAdded, SADeleted
+from ipsec_aio.mirror import TOMBSTONE_SECONDS
 from ipsec_aio.tokens import Resolver
 
 
@@ -135,13 +137,11 @@ async def test_a_loop_that_is_gone_is_forgotten():
 
 async def test_time_passes_for_those_who_only_listen(backend, monkeypatch):
     monkeypatch.setattr("ipsec_aio.mirror.TOMBSTONE_SECONDS", 0.05)
-    monkeypatch.setattr("ipsec_aio.mirror.POLICY_AGE", 0.02)
     changed = asyncio.Event()
     backend.take([SAAdded(esp())])
     backend.subscribe(changed.set)
     backend.take([SADeleted(esp().key)])
-    backend.take([PolicyAdded(protect())])
-    for _ in range(3):
+    for _ in range(2):
         async with asyncio.timeout(5):
             await changed.wait()
         changed.clear()
@@ -150,13 +150,26 @@ async def test_time_passes_for_those_who_only_listen(backend, monkeypatch):
 
 
 async def test_time_passes_when_somebody_drains(backend):
-    backend.take([PolicyAdded(protect())])
+    backend.take([SAAdded(esp())])
+    backend.take([SADeleted(esp().key)])
     epoch = backend.epoch
     backend.drain()
     assert backend.epoch == epoch
-    backend.ahead = 2
+    backend.ahead = TOMBSTONE_SECONDS
     backend.drain()
     assert backend.epoch != epoch
+
+
+async def test_an_interface_that_went_is_a_change_that_packets_are_judged_by(backend):
+    before, epoch = backend.policies, backend.epoch
+    backend.set_opaque_interfaces(True)
+    assert (backend.policies, backend.epoch) == (before, epoch + 1)
+    backend.set_opaque_interfaces(False)
+    backend.set_opaque_interfaces(False)
+    assert (backend.policies, backend.epoch) == (before + 1, epoch + 2)
+    queued = seen(after=before)
+    assert backend.resolve(queued).assurance is Assurance.UNKNOWN
+    assert backend.resolve(replace(queued, after=before + 1)).assurance is Assurance.NONE
 
 
 async def test_waiters_hear_of_the_end():
@@ -175,7 +188,8 @@ async def test_a_timer_of_another_loop_is_replaced():
 
     async def subscribe():
         backend.subscribe(lambda: None)
-        backend.take([PolicyAdded(protect())])
+        backend.take([SAAdded(esp())])
+        backend.take([SADeleted(esp().key)])
 
     thread = threading.Thread(target=lambda: asyncio.run(subscribe()))
     thread.start()

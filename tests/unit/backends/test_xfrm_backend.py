@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import xfrm_messages as m
@@ -67,7 +68,8 @@ async def backend(kernel: FakeKernel) -> AsyncIterator[XfrmBackend]:
 
 
 def evidence(mark: int | None = None, generation: int = 0) -> Evidence:
-    return Evidence(IPPROTO_UDP, m.B, 5000, m.A, 40000, mark, generation)
+    """Of a datagram that waited in no queue."""
+    return Evidence(IPPROTO_UDP, m.B, 5000, m.A, 40000, mark, generation, after=1 << 30)
 
 
 def stamp(spi: int) -> int:
@@ -255,9 +257,15 @@ async def test_interfaces_make_the_stamp_opaque(kernel: FakeKernel, backend: Xfr
     backend.drain()
     assert backend.resolver.opaque_interfaces
     assert backend.epoch != epoch
+    during = backend.policies
     kernel.emit(m.message(17, link(3, "xfrm")), protocol=0)
     backend.drain()
     assert not backend.resolver.opaque_interfaces
+    backend.set_generation(1)
+    clear = evidence(mark=0, generation=1)
+    queued = replace(clear, after=during)
+    assert backend.resolve(queued).assurance is Assurance.UNKNOWN, "it may have come through it"
+    assert backend.resolve(replace(clear, after=backend.policies)).assurance is Assurance.NONE
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -267,9 +275,42 @@ async def test_addresses_change_the_epoch(
     assert backend.resolver.is_own(m.B)
     assert not backend.resolver.is_own(m.A)
     epoch = backend.epoch
+    before = backend.policies
     kernel.emit(m.message(20, bytes([family]) + bytes(7)), protocol=0)
     backend.drain()
     assert backend.epoch != epoch
+    assert backend.policies == before
+
+
+async def test_an_address_that_went_may_have_sent_what_is_queued(
+    kernel: FakeKernel, backend: XfrmBackend
+) -> None:
+    kernel.local.add(m.A)
+    before, epoch = backend.policies, backend.epoch
+    assert "itself" in repr(backend.resolve(replace(evidence(), after=before)))
+    kernel.local.discard(m.A)
+    kernel.emit(m.message(21, bytes([socket.AF_INET]) + bytes(7)), protocol=0)
+    backend.drain()
+    assert backend.epoch != epoch
+    assert "itself" in repr(backend.resolve(replace(evidence(), after=before)))
+    now = replace(evidence(), after=backend.policies)
+    assert backend.resolve(now).assurance is Assurance.POLICY
+    backend.drain()
+    assert backend.policies == now.after
+
+
+async def test_what_was_queued_during_a_loss_is_in_doubt(
+    kernel: FakeKernel, backend: XfrmBackend
+) -> None:
+    backend.set_generation(1)
+    before = backend.policies
+    kernel.emit(LOST)
+    backend.drain()
+    await synced(backend)
+    for clear in (evidence(mark=0, generation=1), evidence()):
+        assert backend.resolve(replace(clear, after=before)).assurance is Assurance.UNKNOWN
+        now = backend.resolve(replace(clear, after=backend.policies))
+        assert now.assurance is (Assurance.NONE if clear.generation else Assurance.POLICY)
 
 
 # Losing
@@ -656,12 +697,15 @@ def ip(command: str) -> None:
 async def test_policies_of_this_kernel() -> None:
     backend = XfrmBackend(stamp="off")
     await backend.start()
+    before = backend.policies
     ip(
         "xfrm policy add src 192.0.2.1 dst 192.0.2.2 proto udp dir in"
         " tmpl proto esp mode transport reqid 7"
     )
     backend.drain()
-    assert "younger" in repr(backend.resolve(evidence()))
+    queued = replace(evidence(), after=before)
+    assert backend.resolve(evidence()).assurance is Assurance.POLICY
+    assert backend.resolve(queued).assurance is Assurance.UNKNOWN
     ip("xfrm policy flush")
     backend.drain()
     assert not list(backend.mirror.spd)

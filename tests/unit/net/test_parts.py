@@ -51,51 +51,78 @@ class TestContext:
         assert context.run(current_ptoken) is cell.ptoken
 
 
+class Connected:
+    """A connection whose transport has this socket."""
+
+    def __init__(self, sock: socket.socket | None) -> None:
+        self.cookie: int | None = None
+        self.transport: Any = self if sock is not None else None
+        self._sock = sock
+
+    def get_extra_info(self, name: str) -> socket.socket | None:
+        assert name == "socket"
+        return self._sock
+
+
 class TestRegistry:
     def test_a_socket_is_known_by_whatever_names_it(self) -> None:
-        connection: Any = TokenCell(token())
         with socket.socket() as sock, socket.socket() as other, sock.dup() as same:
-            cookie = socket_cookie(sock)
-            assert cookie is not None
-            registry.remember(cookie, connection)
+            connection: Any = Connected(sock)
+            registry.remember(connection)
+            assert registry.recall(same) is connection
             assert registry.recall(same) is connection
             assert registry.recall(other) is None
             assert connection in registry.living()
-            registry.forget(cookie, connection)
-            registry.forget(cookie, connection)
+            registry.forget(connection)
+            registry.forget(connection)
             assert registry.recall(sock) is None
             assert connection not in registry.living()
 
     def test_two_connections_of_one_socket_do_not_hide_each_other(self) -> None:
-        one: Any = TokenCell(token())
-        two: Any = TokenCell(token())
         with socket.socket() as sock:
-            cookie = socket_cookie(sock)
-            assert cookie is not None
-            registry.remember(cookie, one)
-            registry.remember(cookie, two)
+            one: Any = Connected(sock)
+            two: Any = Connected(sock)
+            registry.remember(one)
+            registry.remember(two)
+            assert registry.recall(sock) is two
             assert {one, two} <= set(registry.living())
-            registry.forget(cookie, one)
+            registry.forget(one)
             assert registry.recall(sock) is two
             assert one not in registry.living()
             assert two in registry.living()
-            registry.forget(cookie, two)
+            registry.forget(two)
             assert registry.recall(sock) is None
 
     def test_a_connection_that_is_gone_is_nobodys(self) -> None:
-        gone: Any = TokenCell()
         with socket.socket() as sock:
-            cookie = socket_cookie(sock)
-            assert cookie is not None
-            registry.remember(cookie, gone)
+            gone: Any = Connected(sock)
+            registry.remember(gone)
+            assert registry.recall(sock) is gone
             number = id(gone)
             del gone
             assert registry.recall(sock) is None
             assert None not in registry.living()
-            other: Any = TokenCell()
-            registry.forget(cookie, other)
-            assert cookie not in registry._numbered
+            other: Any = Connected(sock)
+            other.cookie = socket_cookie(sock)
+            registry.forget(other)
+            assert other.cookie not in registry._numbered
             registry._living.pop(number, None)
+
+    def test_whose_socket_is_not_to_be_had_is_not_found_by_it(self) -> None:
+        closed = socket.socket()
+        closed.close()
+        early: Any = Connected(None)
+        late: Any = Connected(closed)
+        other: Any = Connected(None)
+        other.transport = other
+        with socket.socket() as sock:
+            for connection in (early, late, other):
+                registry.remember(connection)
+            assert registry.recall(sock) is None
+            early.transport, early._sock = early, sock
+            assert registry.recall(sock) is early
+        for connection in (early, late, other):
+            registry.forget(connection)
 
     def test_a_closed_socket_is_nobodys(self) -> None:
         sock = socket.socket()
