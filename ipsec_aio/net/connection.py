@@ -208,10 +208,11 @@ class Connection:
             doubt=doubt,
             enforced=enforcement.template,
         )
+        where = Where(here, local[1], there, peer[1])
         if listener is not None:
-            self.enforcement = enforcement.inherit(sock, Where(here, local[1], there, peer[1]))
+            self.enforcement = enforcement.inherit(sock, where)
         else:
-            enforcement.handed_over(sock)
+            enforcement.handed_over(sock, where)
         if self.enforcement is not None:
             self.enforcement.changed = weakly(self._enforced_otherwise)
         return evidence if doubt else replace(evidence, doubt=enforcement.objection(evidence))

@@ -130,7 +130,8 @@ async def create_server(
     ``transport.get_extra_info("ptoken")`` is the PToken of the moment. Connections that do not
     meet ``require`` are reset, and counted in ``server.ipsec_stats``; where only an identity is
     still awaited, that is after ``deadline`` seconds. So are those that meet it no longer: then
-    ``connection_lost`` gets the ProtectionError (docs/requirements.md). ``backend`` None takes the process default.
+    ``connection_lost`` gets the ProtectionError (docs/requirements.md). ``backend`` None takes the
+    process default.
 
     ``enforce="auto"`` has the kernel refuse what it can before Python sees it, where that is
     possible and safe, ``"kernel"`` fails where it is not, ``"user"`` never asks for it;
