@@ -84,7 +84,8 @@ class XfrmBackend(TableBackend):
         self._recovery: asyncio.Task[None] | None = None
         self._marks: object = (False, frozenset())
         self._marks_matter = False
-        self._link_changes = self._link_losses = 0
+        self._link_changes: int = 0
+        self._link_losses: int = 0
         self._quiet_until = 0.0
 
     async def start(self) -> None:

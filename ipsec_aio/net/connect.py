@@ -4,7 +4,8 @@ Rules:
 
 * Where the requirement demands protection, an address counts only if the backend knows policies
   that protect what goes there. Without one, the error comes at once, and nothing is sent.
-* A socket of ours gets its own policies before it is connected. It is made and connected here,
+* A socket of ours gets its own policies, both ways, before it is connected. Where it depends on its
+  port which policy governs what it sends, it gets a port first. It is made and connected here,
   address by address as ``loop.create_connection`` does, then handed to that.
 * A socket's own policy that finds no SA fails connect(2) at once, while the kernel asks for one. So
   it is tried again for ``NEGOTIATION`` seconds, unless nobody is there who would hear that.
@@ -75,7 +76,7 @@ async def connect_protected(
     infos = await _resolve(loop, host, port, options)
     locals_ = await _resolve_local(loop, options)
     known = [(info, _protecting(backend, require, info, locals_)) for info in infos]
-    if not any(where is not None for _, where in known):
+    if not any(where is not None for _, (where, _) in known):
         raise ProtectionError(
             "encrypted" if demands.encrypted else "integrity",
             f"no policy protects connections to {host} port {port}, so none is begun",
@@ -83,14 +84,14 @@ async def connect_protected(
     if left or enforce == USER:
         return None, None
     failures: list[Exception] = []
-    for info, where in known:
+    for info, (where, several) in known:
         if where is None:
             failures.append(_unprotected(info))
             continue
         enforcement = enforcement_for(loop, backend, require, enforce)
         assert enforcement is not None  # noqa: S101
         try:
-            sock = await _connect(loop, enforcement, info, where, locals_)
+            sock = await _connect(loop, enforcement, info, where, several, locals_)
         except BackendError:
             raise
         except (OSError, RuntimeError) as error:
@@ -129,18 +130,20 @@ async def _resolve_local(
 
 def _protecting(
     backend: Backend, require: Require, info: Info, locals_: Sequence[Info] | None
-) -> Where | None:
-    """Return the traffic of a connection to an address; None where no policy protects it."""
+) -> tuple[Where | None, bool]:
+    """Return the traffic of a connection to an address, None where no policy protects it, and
+    whether several may.
+    """
     family, _, _, _, address = info
     if family not in _IP_FAMILIES:
-        return None
+        return None, False
     local = _local_address(info, locals_)
     where = Where(local, 0, pack_address(address[0]), address[1])
     outbound = backend.templates(
         IPPROTO_TCP, 0, Direction.OUT, local=local, peer=where.peer, peer_port=where.peer_port
     )
     fitting = [b for b in outbound if not isinstance(derive(require.demands, [b]), str)]
-    return where if fitting else None
+    return (where if fitting else None), len(fitting) > 1
 
 
 def _local_address(info: Info, locals_: Sequence[Info] | None) -> bytes:
@@ -162,14 +165,19 @@ async def _connect(
     enforcement: Enforcement,
     info: Info,
     where: Where,
+    several: bool,
     locals_: Sequence[Info] | None,
 ) -> socket.socket:
     family, kind, proto, _, address = info
     sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)
-        enforcement.begin(sock, where, early=True)
         _bind(sock, locals_)
+        where = where._replace(port=sock.getsockname()[1])
+        if several and not where.port:
+            sock.bind(("", 0))
+            where = where._replace(port=sock.getsockname()[1])
+        enforcement.begin(sock, where, early=True, both=True)
         found = await _begin(loop, sock, address)
         if found == errno.EINPROGRESS:
             found = await _result(loop, sock, address)

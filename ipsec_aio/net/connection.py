@@ -7,7 +7,8 @@ Rules:
   evidence against new tables could name another peer. What ends it is a change of the stamp,
   which kept clear segments off: then it is UNKNOWN for good. (A token that waits for its SA
   settles by itself.)
-  The kernel's own latch keeps clear segments off as well, so there the token stands.
+  The kernel's own latch keeps clear segments off as well, and so does the policy that a connection
+  has from its listener: there the token stands.
 * The backend is drained after a connection was accepted and before it is judged: once for those
   that were accepted together.
 * What the backend said of a stamp and a peer holds for the peer's next connections as well, as long
@@ -50,14 +51,17 @@ from .forward import user_of
 from .latching import guard_for
 from .listening import Listener, arrivals, run_soon, unfitness, weakly
 from .protocols import takes_token
+from .refusals import Refusals
+from .stats import Counters
 
 if TYPE_CHECKING:
     from ipsec_aio.backends.contract import Backend
-    from ipsec_aio.latch import Latch, LatchStatus, ListenerLatch
+    from ipsec_aio.latch import Latch, LatchStatus, ListenerLatch, Outlook
     from ipsec_aio.tokens import PToken
 
     from .enforce import Enforcement
     from .latching import Guard
+    from .terms import Hold, Terms
 
     T = TypeVar("T")
 
@@ -108,7 +112,8 @@ class Connection:
     ``listeners``, by port, are those of the server that accepts it; None for an outgoing one. It
     keeps its listener's port registered until it is closed or nobody holds it any more.
     ``enforcement`` is an outgoing one's; an accepted one gets its listener's. ``shared``: the loop
-    uses one context for several connections.
+    uses one context for several connections. ``terms`` are what it has to meet as long as it
+    stands.
     """
 
     # What most connections never change stands here: making one is paid for by each accept.
@@ -117,6 +122,8 @@ class Connection:
     """The context that callbacks belong in."""
     guard: Guard | None = None
     """What follows its latch; None where it is not latched."""
+    hold: Hold | None = None
+    """What keeps it from being read; None where nothing does."""
     extra: MutableMapping[str, Any] | None = None
     """A transport's own extra information, where ``"ptoken"`` is looked up."""
     cookie: int | None = None
@@ -134,11 +141,13 @@ class Connection:
     def __init__(
         self,
         judge: Judge,
+        terms: Terms,
         listeners: Mapping[int, Listener] | None,
         *,
         shared: bool = False,
     ) -> None:
         self.cell = TokenCell()
+        self.terms = terms
         self.judge = judge
         self._number = next(arrivals)
         self.shared = shared
@@ -232,11 +241,11 @@ class Connection:
         if enforcement is None:
             return
         evidence = replace(evidence, enforced=enforcement.template)
+        where = Where(evidence.local, evidence.local_port, evidence.peer, evidence.peer_port)
         if listener is not None:
-            where = Where(evidence.local, evidence.local_port, evidence.peer, evidence.peer_port)
             self.enforcement = enforcement.inherit(sock, where)
         else:
-            enforcement.handed_over(sock)
+            enforcement.handed_over(sock, where)
         if self.enforcement is not None:
             self.enforcement.changed = weakly(self._enforced_otherwise)
         if not evidence.doubt:
@@ -245,6 +254,8 @@ class Connection:
 
     def carried_by(self, transport: asyncio.BaseTransport) -> None:
         """Note the loop's transport."""
+        if self.hold is not None:
+            self.hold.carry(self._transport(), transport)
         try:
             # Weak, because a cycle would keep the transport from going at once.
             self._transport = ref(transport)
@@ -260,7 +271,9 @@ class Connection:
     def resume_reading(self) -> None:
         """Do what the loop's transport does for it, in the connection's context."""
         transport = self._transport()
-        if transport is not None:
+        if self.hold is not None:
+            self.hold.resume = weakly(self.resume_reading)
+        elif transport is not None:
             self.enter(type(transport).resume_reading, transport)  # type: ignore[attr-defined]
 
     def enter(self, callback: Callable[..., object], *arguments: object) -> None:
@@ -332,10 +345,52 @@ class Connection:
     @property
     def is_kept_clean(self) -> bool:
         """Whether the kernel keeps clear segments off it even without the stamp."""
-        return self.guard is not None and self.guard.keeps_clear_off
+        if self.guard is not None and self.guard.keeps_clear_off:
+            return True
+        return self._is_enforced and (outlook := self._outlook()) is not None and not outlook.opaque
+
+    @property
+    def may_settle(self) -> bool:
+        """Whether its token may yet say more, and no clear segment comes until then.
+
+        As far as the tables tell, or as they did before they are read again now.
+        """
+        outlook = self._outlook()
+        if outlook is None or outlook.opaque:
+            return False
+        policies = outlook.policies_in
+        demanded = len(policies) > 0 and all(policy.protects for policy in policies)
+        return demanded or self._is_enforced or not outlook.sure
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing can come: its own policy demands an SA, and none is known."""
+        token, outlook = self.cell.ptoken, self._outlook()
+        if not self._is_enforced or token is None or outlook is None or outlook.opaque:
+            return False
+        return not outlook.sure or (token.assurance is Assurance.ENFORCED and not token.sas)
+
+    @property
+    def _is_enforced(self) -> bool:
+        """Whether a policy of its own was in force all the time."""
+        return self.enforcement is not None and self.enforcement.template is not None
+
+    def _outlook(self) -> Outlook | None:
+        try:
+            return self.judge.backend.outlook(self.evidence)
+        except BackendError:
+            return None
+
+    def uphold(self, *, final: bool = False) -> None:
+        """See whether it meets its terms. ``final``: its token will not get better."""
+        token = self.cell.ptoken
+        if token is not None:
+            self.terms.uphold(self, token, final=final)
 
     def close(self) -> None:
         """The connection is gone. Idempotent."""
+        if self.hold is not None:
+            self.hold.close()
         if self.enforcement is not None:
             self.enforcement.close()
         if self.guard is not None:
@@ -408,20 +463,22 @@ class Connection:
         self._evidence = Evidence(
             e.protocol, e.local, e.local_port, e.peer, e.peer_port, doubt=reason
         )
-        self._replace(self.judge.resolve(self.evidence))
+        self._replace(self.judge.resolve(self.evidence), final=True)
 
     def _enforced_otherwise(self) -> None:
         if self.extra is not None:
             self.extra["ipsec_enforced"] = self.enforced
-        if not self.evidence.doubt and not self.evidence.generation:
-            self.infer()
+        self.review()
 
-    def _replace(self, token: PToken) -> None:
+    def _replace(self, token: PToken, *, final: bool = False) -> None:
         old, self.cell.ptoken = self.cell.ptoken, token
         if self.extra is not None:
             self.extra["ptoken"] = token
         if token is not old:
             self.tell("protection_changed", old, token)
+        # What was held may have settled under the same token.
+        if token is not old or self.hold is not None:
+            self.uphold(final=final)
 
 
 class Judge:
@@ -438,6 +495,7 @@ class Judge:
         "accepted",
         "drained",
         "latched",
+        "refusals",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
@@ -452,6 +510,8 @@ class Judge:
         self._known: dict[tuple[object, ...], tuple[PToken, bool]] = {}
         self._when_closed = backend.resolve(_nowhere("the backend is closed").evidence())
         self.latched: WeakSet[Connection] = WeakSet()
+        self.refusals = Refusals(Counters())
+        """Those of outgoing connections that met their requirement once."""
         self._unsubscribe = backend.subscribe(weakly(self._changed))
 
     def __del__(self) -> None:

@@ -72,6 +72,7 @@ UNSPECIFIED = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
 """By address family: the address that stands for any."""
 _NOWHERE = 255
 """An IP protocol that no traffic of a socket has."""
+_ONE_WAY = "no single policy governs what the socket sends, and a template names one of them"
 
 
 class Where(NamedTuple):
@@ -123,6 +124,7 @@ class Enforcement:
     __slots__ = (
         "__weakref__",
         "_backend",
+        "_both",
         "_cookie",
         "_following",
         "_keeper",
@@ -162,7 +164,7 @@ class Enforcement:
         self._plan: Plan | None = None
         self._policies = NEVER
         self._keeper: _Keeper | None = None
-        self._shut = self._kept = False
+        self._shut = self._kept = self._both = False
         self._leaving = True
         self.template: Template | None = None
         """What all was protected by that was received; None where that is not sure."""
@@ -198,10 +200,17 @@ class Enforcement:
         self._shut = True
 
     def begin(
-        self, sock: socket.socket, where: Where, *, early: bool, inbound_only: bool = False
+        self,
+        sock: socket.socket,
+        where: Where,
+        *,
+        early: bool,
+        inbound_only: bool = False,
+        both: bool = False,
     ) -> None:
         """Set the policies, or leave it to user space.
 
+        ``both``: the kernel does it in both directions, or not at all.
         ``inbound_only``: until :meth:`connected` there is none for what leaves, since under one
         without an SA a datagram socket cannot be connected.
         ``early``: the socket is not bound, listening or connected yet. One that was shut before
@@ -210,6 +219,7 @@ class Enforcement:
         stands in the way.
         """
         self._where = where
+        self._both = both
         self._leaving = not inbound_only
         early = early or self._shut
         try:
@@ -229,6 +239,8 @@ class Enforcement:
             raise error
         self._policies = self._backend.policies
         plan, _ = self._derive(sock)
+        if isinstance(plan, Plan) and self._both and plan.outbound is None:
+            plan = _ONE_WAY
         if isinstance(plan, str):
             raise ValueError(f"the kernel cannot enforce {self._require!r}: {plan}")
         try:
@@ -268,10 +280,11 @@ class Enforcement:
         child.refresh(sock)
         return child
 
-    def handed_over(self, sock: socket.socket) -> None:
-        """Go on with the object by which a loop knows the same socket."""
+    def handed_over(self, sock: socket.socket, where: Where) -> None:
+        """Go on with the object by which a loop knows the same socket, which is connected now."""
         if self._sock is not None and socket_cookie(sock) == self._cookie:
             self._sock = sock
+            self._where = where
 
     def close(self) -> None:
         """Follow the SPD no more: before the socket is closed, or gets other policies. Idempotent.
@@ -310,6 +323,9 @@ class Enforcement:
             return
         if plan.outbound is None and not known.outbound and self._leaving:
             plan = replace(plan, outbound=old.outbound)
+        if self._both and plan.outbound is None:
+            self._give_up(sock, _ONE_WAY)
+            return
         if plan == old:
             return
         template = self.template and common(self.template, plan.template)

@@ -20,11 +20,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
 
+from .listening import weakly
+
 if TYPE_CHECKING:
     from .connection import Connection
     from .latching import Guard
 
-__all__ = ["ForwardingTransport", "connection_of", "dress", "enter", "undress", "user_of"]
+__all__ = [
+    "ForwardingTransport",
+    "connection_of",
+    "dress",
+    "end_with",
+    "enter",
+    "undress",
+    "user_of",
+]
 
 
 _TOLD = {"ptoken": "ptoken", "ipsec_enforced": "enforced", "ipsec_latch": "latch_status"}
@@ -124,11 +134,19 @@ class ForwardingTransport(asyncio.Transport):
         return self.raw.is_reading()
 
     def pause_reading(self) -> None:
-        self.raw.pause_reading()
+        hold = self._ipsec_connection.hold
+        if hold is None:
+            self.raw.pause_reading()
+        else:
+            hold.pause()
 
     def resume_reading(self) -> None:
-        self._deliver_early()
-        self._ipsec_connection.enter(self.raw.resume_reading)
+        hold = self._ipsec_connection.hold
+        if hold is None:
+            self._deliver_early()
+            self._ipsec_connection.enter(self.raw.resume_reading)
+        else:
+            hold.resume = weakly(self.resume_reading)
 
     def _deliver_early(self) -> None:
         # What was read before reading could be paused.
@@ -289,6 +307,27 @@ class _LatchedBuffered(_EnteringBuffered):
         else:
             # Nothing is read any more, so it stays in the buffer.
             self.guard.keep("buffer_updated", self.protocol.buffer_updated, nbytes)
+
+
+class _Ended(_Entering, asyncio.Protocol):
+    """Stands in where nothing is delivered any more but the end, and why it came."""
+
+    __slots__ = ("connection", "error", "protocol")
+
+    def __init__(self, protocol: Any, connection: Connection, error: Exception) -> None:
+        self.protocol = protocol
+        self.connection = connection
+        self.error = error
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(self.error)
+
+
+def end_with(transport: asyncio.BaseTransport, connection: Connection, error: Exception) -> None:
+    """Have the protocol of a loop's transport, which is about to be aborted, hear of this error."""
+    protocol = user_of(transport)
+    if protocol is not None:
+        transport.set_protocol(_Ended(protocol, connection, error))
 
 
 def enter(protocol: asyncio.BaseProtocol, connection: Connection) -> asyncio.BaseProtocol:

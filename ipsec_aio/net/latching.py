@@ -182,6 +182,9 @@ class Guard:
         if latch.state is LatchState.CLOSED or raw is None or raw.is_closing():
             return
         self._epoch = self._judge.backend.epoch
+        if self.held:
+            # What is delivered when it is let go comes under the token of this moment.
+            self._connection.review()
         try:
             outlook = self._judge.backend.outlook(self._connection.evidence)
         except BackendError:
@@ -283,6 +286,9 @@ class Guard:
         if not self.held:
             return
         self.held = False
+        self._connection.uphold()
+        if raw.is_closing():
+            return
         written, self._written = self._written, []
         if written:
             raw.writelines(written)

@@ -15,9 +15,10 @@ _EMPTY: Mapping[str, int] = MappingProxyType({})
 class IPsecStats:
     """A snapshot: ``transport.ipsec_stats`` counts datagrams, ``server.ipsec_stats`` connections.
 
-    ``received`` were taken from the kernel; ``refused`` of these did not meet ``require`` and
-    ``refused_by`` says how many for each clause. ``protected`` and ``unknown`` count those whose
-    token was protected, or of assurance UNKNOWN, whether refused or not. ``held`` had to wait for
+    ``received`` were taken from the kernel; ``refused`` of these did not meet ``require``, or met
+    it no longer, and ``refused_by`` says how many for each clause. ``protected`` and ``unknown``
+    count those whose token was protected, or of assurance UNKNOWN, whether refused or not.
+    ``held`` had to wait for
     an identity or an SA; ``dropped`` were refused because their deadline had passed or there was no
     room for them to wait, or were lost when the transport was closed.
     """

@@ -10,6 +10,7 @@ Rules:
   identity or SA is still awaited, nothing is read until it is known, for ``deadline`` seconds at
   most; what the peer sends meanwhile stays in the kernel. (uvloop starts to read whatever
   ``connection_made`` says, so there the first piece is kept, and no more.)
+* What was handed over and falls short of ``require`` later is reset, too (:mod:`.terms`).
 * Where the kernel can enforce ``require``, it does from before listen or connect (:mod:`.enforce`).
 * An outgoing connection that has to be protected is not begun where no policy would protect it.
 * The port is covered by the stamp before the server listens (:mod:`.listening`).
@@ -23,7 +24,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextvars import Context, copy_context
 from functools import partial
 from types import coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 from ipsec_aio.backends import resolve_backend
 from ipsec_aio.enums import Assurance
@@ -44,6 +45,7 @@ from .protocols import TokenProtocol, takes_token
 from .refusals import Refusals
 from .server import Server
 from .stats import Counters
+from .terms import Terms
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -127,7 +129,9 @@ async def create_server(
     ``connection_made(transport, ptoken)``; others get asyncio's plain call. For all of them
     ``transport.get_extra_info("ptoken")`` is the PToken of the moment. Connections that do not
     meet ``require`` are reset, and counted in ``server.ipsec_stats``; where only an identity is
-    still awaited, that is after ``deadline`` seconds. ``backend`` None takes the process default.
+    still awaited, that is after ``deadline`` seconds. So are those that meet it no longer: then
+    ``connection_lost`` gets the ProtectionError (docs/requirements.md). ``backend`` None takes the
+    process default.
 
     ``enforce="auto"`` has the kernel refuse what it can before Python sees it, where that is
     possible and safe, ``"kernel"`` fails where it is not, ``"user"`` never asks for it;
@@ -202,12 +206,12 @@ async def create_connection(
     loop = asyncio.get_running_loop()
     backend = await resolve_backend(backend)
     judge = Judge.of(loop, backend)
-    connection = Connection(judge, None)
-    terms = _Terms(loop, require, deadline, latching)
+    terms = Terms(loop, require, deadline, latching, judge.refusals)
+    connection = Connection(judge, terms, None)
     handovers: list[_Connecting] = []
 
     def factory() -> _Connecting:
-        handovers.append(_Connecting(terms, connection, protocol_factory()))
+        handovers.append(_Connecting(connection, protocol_factory()))
         return handovers[-1]
 
     given: dict[str, Any] = {**options}
@@ -276,20 +280,10 @@ async def start_tls(
     return None if made is None else dress(made, connection)
 
 
-class _Terms(NamedTuple):
-    """What connections have to meet before they are handed over."""
-
-    loop: asyncio.AbstractEventLoop
-    require: Require | None
-    deadline: float
-    latch: Latch | None
-    accepting: _Accepting | None = None
-
-
 class _Handover(asyncio.Protocol):
     """Takes ``connection_made`` in the place of the user's protocol, then gets out of the way.
 
-    What it refuses of a server's it resets.
+    What it refuses of a server's it resets. ``accepting`` is what a server's share.
     """
 
     transport: asyncio.Transport | None = None
@@ -300,9 +294,14 @@ class _Handover(asyncio.Protocol):
     _early: tuple[bytes, ...] = ()
     _ended = False
 
-    def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        protocol: AnyProtocol,
+        accepting: _Accepting | None = None,
+    ) -> None:
         self.protocol = protocol
-        self._terms = terms
+        self._accepting = accepting
         self._connection = connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -313,18 +312,19 @@ class _Handover(asyncio.Protocol):
         except BaseException:
             # The loop reports it; nothing goes on unjudged, and nobody waits for it.
             self._done()
-            if self._terms.accepting is not None:
+            if self._accepting is not None:
                 reset(raw)
             raise
         if self._awaits(token) and self._has_room():
             self._waiting = raw
             raw.pause_reading()
-            self._task = self._terms.loop.create_task(self._wait(copy_context()))
+            loop = self._connection.terms.loop
+            self._task = loop.create_task(self._wait(copy_context()))
         else:
             self._settle(raw, token)
 
     def data_received(self, data: bytes) -> None:
-        raw, accepting = self._waiting, self._terms.accepting
+        raw, accepting = self._waiting, self._accepting
         if raw is None:
             return  # it was reset
         raw.pause_reading()
@@ -353,21 +353,21 @@ class _Handover(asyncio.Protocol):
 
     def _awaits(self, token: PToken) -> bool:
         """Whether what the token waits for may yet meet the requirement, or be latched."""
-        _, require, _, latch, _ = self._terms
-        if (require is None and latch is None) or not token.pending:
+        terms = self._connection.terms
+        if (terms.require is None and terms.latch is None) or not token.pending:
             return False
-        if require is not None and (met := require.decide(token)) is not True:
+        if terms.require is not None and (met := terms.require.decide(token)) is not True:
             return met is None
-        return latch is not None and token.assurance is Assurance.UNKNOWN
+        return terms.latch is not None and token.assurance is Assurance.UNKNOWN
 
     def _has_room(self) -> bool:
-        _, _, deadline, _, accepting = self._terms
-        return deadline > 0 and (accepting is None or accepting.holds_one())
+        accepting = self._accepting
+        return self._connection.terms.deadline > 0 and (accepting is None or accepting.holds_one())
 
     async def _wait(self, context: Context) -> None:
-        loop, _, deadline, _, _ = self._terms
+        terms = self._connection.terms
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(terms.deadline):
                 while self._awaits(token := self._token()):
                     resolved = await token.resolved()
                     # It may have been replaced meanwhile, and that counts.
@@ -375,7 +375,7 @@ class _Handover(asyncio.Protocol):
                         self._connection.cell.ptoken = resolved
         except (TimeoutError, IPsecError):
             pass
-        loop.call_soon(self._settle_late, context=context)
+        terms.loop.call_soon(self._settle_late, context=context)
 
     def _wait_no_more(self) -> None:
         """Give back the room that it has taken. Idempotent."""
@@ -384,7 +384,7 @@ class _Handover(asyncio.Protocol):
         self._waiting = None
         assert self._task is not None  # noqa: S101
         self._task.cancel()
-        accepting = self._terms.accepting
+        accepting = self._accepting
         if accepting is not None:
             accepting.held -= 1
             accepting.kept -= sum(map(len, self._early))
@@ -396,9 +396,9 @@ class _Handover(asyncio.Protocol):
 
     def _settle(self, raw: asyncio.Transport, token: PToken) -> None:
         """Refuse, or hand over."""
-        _, require, _, latch, accepting = self._terms
         self._wait_no_more()
-        connection = self._connection
+        accepting, connection = self._accepting, self._connection
+        require, latch = connection.terms.require, connection.terms.latch
         error = None if require is None else require.check(token)
         if error is None and latch is not None:
             error = connection.latch(raw, latch, None if accepting is None else accepting.latch)
@@ -454,10 +454,11 @@ class _Connecting(_Handover):
     socket that it was given before it has returned.
     """
 
-    def __init__(self, terms: _Terms, connection: Connection, protocol: AnyProtocol) -> None:
-        super().__init__(terms, connection, protocol)
-        self.settled: asyncio.Future[None] = terms.loop.create_future()
-        self.gone: asyncio.Future[None] = terms.loop.create_future()
+    def __init__(self, connection: Connection, protocol: AnyProtocol) -> None:
+        super().__init__(connection, protocol)
+        loop = connection.terms.loop
+        self.settled: asyncio.Future[None] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.gone.done():
@@ -483,24 +484,25 @@ class _Accepting:
         latch: ListenerLatch | None,
     ) -> None:
         self.latch = latch
-        self._terms = _Terms(
-            loop, require, deadline, None if latch is None else latch.options, self
-        )
+        self.counters = Counters()
+        self._refusals = Refusals(self.counters)
+        options = None if latch is None else latch.options
+        self._terms = Terms(loop, require, deadline, options, self._refusals, self)
         self._judge = judge
         self._listeners = listeners
         self._factory = factory
         self.held = self.kept = 0
-        self.counters = Counters()
-        self._refusals = Refusals(self.counters)
         self.name = ""
         # asyncio accepts each connection in a task of its own.
         self._shares_context = not isinstance(loop, asyncio.BaseEventLoop)
 
     def __call__(self) -> _Handover:
-        connection = Connection(self._judge, self._listeners, shared=self._shares_context)
+        connection = Connection(
+            self._judge, self._terms, self._listeners, shared=self._shares_context
+        )
         if not connection.shared:
             current.set(connection.cell)
-        return _Handover(self._terms, connection, self._factory())
+        return _Handover(connection, self._factory(), self)
 
     def __repr__(self) -> str:
         return self.name

@@ -147,7 +147,8 @@ class Witness:
         self._locate()
         self._generation = self._stamp()
         self._covered = covered or 0
-        self._emptied = self._after = after
+        self._emptied: int = after
+        self._after: int = after
         if covered is None or after == NEVER:
             self._cover()
 

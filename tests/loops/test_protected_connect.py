@@ -165,6 +165,71 @@ async def test_tokens_of_outgoing_ones_follow_their_policies(
         assert policies.on(transport) is None
 
 
+async def test_where_its_port_decides_the_socket_gets_one_first(policies: Policies) -> None:
+    """Of two policies for what it sends, that with the port governs it, or does not."""
+    backend = protecting()
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    backend.add_policy(
+        src=HOST, dst=HOST, reqid=9, direction="out", src_port=port, proto="tcp", priority=0
+    )
+    backend.add_policy(src=HOST, dst=HOST, reqid=7, direction="out", priority=1)
+    for local, reqid in (((HOST, port), 9), (None, 7)):
+        async with (
+            serving(Plain, RecordingBackend()) as server,
+            connecting(
+                backend, HOST, port_of(server), enforce="kernel", local_addr=local
+            ) as transport,
+        ):
+            assert transport.get_extra_info("ipsec_enforced") == "kernel"
+            assert policies.templates(transport, Direction.OUT) == (replace(ESP, reqid=reqid),)
+
+
+async def test_it_is_the_kernel_both_ways_or_not_at_all(policies: Policies) -> None:
+    """By a mark, nobody knows which of the two will be asked."""
+    backend = protecting()
+    backend.add_policy(src=HOST, dst=HOST, reqid=9, direction="out", mark=(5, 0xFF))
+    async with serving(Plain, RecordingBackend()) as server:
+        with pytest.raises(ValueError, match="no single policy governs what the socket sends"):
+            async with connecting(backend, HOST, port_of(server), enforce="kernel"):
+                pass
+        assert server.ipsec_stats.received == 0
+        with pytest.raises(ProtectionError):
+            async with connecting(backend, HOST, port_of(server)):
+                pass
+    assert policies.calls == []
+
+
+@pytest.mark.parametrize("choice", ["auto", "kernel"])
+async def test_both_ways_it_stays(policies: Policies, monkeypatch: Any, choice: str) -> None:
+    monkeypatch.setattr(enforce, "REFRESH", 0.0)
+    backend = protecting()
+    async with (
+        serving(Plain, RecordingBackend()) as server,
+        connecting(backend, HOST, port_of(server), enforce=choice) as transport,
+    ):
+        port = transport.get_extra_info("sockname")[1]
+        other = port - 1 if port > 1024 else port + 1
+        for number in (other, port):
+            backend.add_policy(
+                src=HOST, dst=HOST, reqid=number, direction="out", src_port=number, proto="tcp"
+            )
+        backend.add_policy(src=HOST, dst=HOST, reqid=7, direction="out", priority=1)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert policies.templates(transport, Direction.OUT) == (replace(ESP, reqid=port),)
+        backend.add_policy(src=HOST, dst=HOST, reqid=9, direction="out", mark=(5, 0xFF))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if choice == "kernel":
+            assert transport.get_extra_info("ipsec_enforced") == "kernel"
+            assert policies.templates(transport, Direction.OUT) == (replace(ESP, reqid=port),)
+        else:
+            assert transport.get_extra_info("ipsec_enforced") == "user"
+            assert not transport.is_reading(), "user space cannot tell of a socket of this host"
+
+
 async def test_without_privilege_user_space_looks(policies: Policies) -> None:
     policies.refuse = PermissionError(errno.EPERM, "no")
     async with serving(Plain, RecordingBackend()) as server:
@@ -308,10 +373,8 @@ async def test_a_name_without_addresses(policies: Policies, monkeypatch: Any) ->
     loop: Any = type("Loop", (), {"getaddrinfo": staticmethod(nothing)})()
     with pytest.raises(OSError, match="empty list"):
         await connect._resolve(loop, "name", 1, {})
-    assert (
-        connect._protecting(KernelBackend(), ENCRYPTED, (socket.AF_UNIX, 1, 0, "", "path"), None)
-        is None
-    )
+    path = (socket.AF_UNIX, 1, 0, "", "path")
+    assert connect._protecting(KernelBackend(), ENCRYPTED, path, None) == (None, False)
 
 
 def failing(*answers: int) -> Any:

@@ -30,9 +30,14 @@ from ipsec_aio import Assurance, ProtectionError, Require
 from ipsec_aio.errors import BackendDenied, BackendUnavailable
 from ipsec_aio.net import listening
 from ipsec_aio.net.connection import Connection, Judge
+from ipsec_aio.net.terms import Terms
 
 OTHER = "127.0.0.9"
 SO_MARK = 36
+
+
+def no_terms(judge: Judge) -> Terms:
+    return Terms(asyncio.get_running_loop(), None, 0, None, judge.refusals)
 
 
 @contextlib.asynccontextmanager
@@ -512,7 +517,7 @@ async def test_a_connection_whose_socket_cannot_be_examined_is_in_doubt(
             return faces[face] if name == "socket" else (HOST, 1)
 
     with one, other:
-        token = Connection(judge, {}).made(Lost())
+        token = Connection(judge, no_terms(judge), {}).made(Lost())
     assert token.assurance is Assurance.UNKNOWN
     assert reason in repr(token)
 
@@ -531,7 +536,7 @@ async def test_a_port_that_no_listener_has_is_in_doubt() -> None:
     backend = protecting()
     judge = Judge.of(asyncio.get_running_loop(), backend)
     async with serving(Plain, backend) as server, connected(port_of(server)) as client:
-        stray = Connection(judge, {})
+        stray = Connection(judge, no_terms(judge), {})
         token = stray.made(client.transport)
         assert token.assurance is Assurance.UNKNOWN
         assert "no listener" in repr(token)
@@ -541,7 +546,7 @@ async def test_a_duplicate_of_its_socket_keeps_no_news_from_a_connection() -> No
     backend = protecting()
     judge = Judge.of(asyncio.get_running_loop(), backend)
     async with one_connection(backend) as (_, protocol):
-        stray = Connection(judge, None)
+        stray = Connection(judge, no_terms(judge), None)
         stray.made(protocol.transport)
         del stray
         assert protocol.transport.get_extra_info("ptoken").assurance is Assurance.EXACT

@@ -99,6 +99,7 @@ class TestRegistry:
             registry.remember(gone)
             assert registry.recall(sock) is gone
             number = id(gone)
+            gone.transport = None
             del gone
             assert registry.recall(sock) is None
             assert None not in registry.living()
