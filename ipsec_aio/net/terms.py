@@ -6,8 +6,8 @@ Rules:
   Protocols of ours are told of the new token first, and ``connection_lost`` gets the
   ProtectionError: an end that nobody meant is not to pass for the end of what was said.
 * Where it cannot be told for now, nothing is read until it can, for ``deadline`` seconds, and
-  ``SETTLING`` more where what waits in the queue stands in the way; then it is reset. While the socket's own
-  policy lets nothing in, since there is no SA, it takes as long as it takes.
+  ``SETTLING`` more where what waits in the queue stands in the way; then it is reset. While the
+  socket's own policy lets nothing in, since there is no SA, it takes as long as it takes.
 * What cannot be told, and nothing is awaited, is reset at once: where neither the policies nor the
   socket's own demand protection any more, clear segments may come. So is what was known by the
   stamp alone, when that is lost.
