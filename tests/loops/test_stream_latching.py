@@ -1256,6 +1256,46 @@ async def test_else_user_space_holds_it(policies: Policies, why: str) -> None:
         assert policies.calls == (["allow out"] if why == "refused" else [])
 
 
+async def test_the_kernel_holds_an_outgoing_one_too(policies: Policies) -> None:
+    """Its policy names the channel; while it is broken nothing passes, and nothing is lost."""
+    backend = KernelBackend(trust_policy=True)
+    backend.add_sa(src=HOST, dst=PEER, reqid=1)
+    backend.add_sa(src=PEER, dst=HOST, reqid=1)
+    backend.add_policy(src=HOST, dst=PEER, reqid=1)
+    backend.add_policy(src=PEER, dst=HOST, reqid=1, direction="out")
+    aged(backend)
+    inward, outward = backend._sas.values()
+    far = Plain()
+    server = await asyncio.get_running_loop().create_server(lambda: far, HOST, 0)
+    transport, protocol = await ipsec_aio.create_connection(
+        Latched, HOST, port_of(server), local_addr=(PEER, 0), backend=backend, latch=PAUSE
+    )
+    assert status(protocol).held_by == "kernel"
+    for direction, sa in ((Direction.IN, inward), (Direction.OUT, outward)):
+        [template] = policies.templates(transport, direction)
+        assert (template.source, template.destination) == (sa.source, sa.destination)
+        assert template.reqid == 1
+    backend.add_sa(src=HOST, dst=PEER, reqid=2, aead="rfc4543(gcm(aes))")
+    await seen()
+    assert status(protocol).state is ESTABLISHED, "the kernel drops what that one carries"
+    weak = backend.rekey(outward, aead=WEAK)
+    [(reason, *_)] = await protocol.log.until("broken")
+    assert reason is LatchReason.QUALITY
+    for direction in (Direction.IN, Direction.OUT):
+        policy = policies.on(transport, direction)
+        assert policy is not None
+        assert policy.action is PolicyAction.BLOCK
+    transport.write(b"x")
+    await asyncio.sleep(0.02)
+    assert "data" not in far.log.kinds
+    backend.delete_sa(weak)
+    assert await far.log.bytes(1) == b"x"
+    assert policies.calls[-2:] == ["allow out", "allow in"]
+    transport.abort()
+    await protocol.log.until("lost")
+    server.close()
+
+
 async def test_a_latch_that_cannot_be_changed_any_more_stays(policies: Policies) -> None:
     backend = kernel_backend()
     async with latched(backend) as (protocol, _, sa):
