@@ -30,6 +30,35 @@ def netns() -> Iterator[None]:
             assert not libc.setns(home.fileno(), CLONE_NEWNET)
 
 
+class Elsewhere:
+    """Another network namespace. In a ``with`` block this thread is in it; ip(8) knows ``path``."""
+
+    def __init__(self) -> None:
+        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        assert not libc.unshare(CLONE_NEWNET)
+        self._there = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        self.path = f"/proc/{os.getpid()}/fd/{self._there}"
+        self.__exit__()
+
+    def __enter__(self) -> None:
+        assert not libc.setns(self._there, CLONE_NEWNET)
+
+    def __exit__(self, *_: object) -> None:
+        assert not libc.setns(self._home, CLONE_NEWNET)
+
+    def close(self) -> None:
+        os.close(self._home)
+        os.close(self._there)
+
+
+@pytest.fixture
+def elsewhere(netns: None) -> Iterator[Elsewhere]:
+    """Another network namespace beside the fresh one."""
+    other = Elsewhere()
+    yield other
+    other.close()
+
+
 @pytest.fixture
 def unprivileged() -> Callable[[Callable[[], Any]], BaseException | None]:
     """Run a function in a thread without capabilities; return what it raised."""
