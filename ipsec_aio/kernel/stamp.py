@@ -7,7 +7,7 @@ Rules:
 * Whatever is lost, for however short a time, costs the generation: when the stamp stands again it
   has another number. Loss is learnt from nf_tables' own events, read in :meth:`Stamp.refresh`.
 * A stamp on TCP is also a mark on connections: there is none where routing or outbound policies
-  look at marks. Rules of routing are told of; policies are looked at when ports are covered.
+  look at marks. Rules of routing are told of; policies are looked at when a TCP port is covered.
 * What we did not make we do not repair: a table that the command line put there, or another
   process owns, is used as it is. Ports that we added are taken out again, no others.
 * Everything is of the network namespace of the thread that called :func:`open_stamp`.
@@ -220,7 +220,8 @@ class KernelStamp(Stamp):
         self._covered[wanted] += 1
         self._tcp_covered += wanted.protocol == _TCP
         coverage = Coverage(self, wanted)
-        self.marks_changed()
+        if wanted.protocol == _TCP:
+            self.marks_changed()
         self.refresh()
         if self._problem:
             self._verify(lost=False)

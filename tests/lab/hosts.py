@@ -54,6 +54,7 @@ NAMES = ("bob", "alice", "carol", "mallory")
 SWITCH = "switch"
 FAMILIES = (4, 6)
 MODES = ("transport", "tunnel")
+TUNNELS = ("tunnel", "beet")
 
 _CLONE_NEWNET = 0x40000000
 _SO_RCVMARK = 75
@@ -431,9 +432,14 @@ class Pair:
     extra: str = ""
     spis: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def inner(self) -> bool:
+        """Whether protected traffic has other addresses than its packets on the wire."""
+        return self.mode in TUNNELS
+
     def address(self, host: Host) -> str:
         """The address that protected traffic with this host has."""
-        return host.address(self.family, inner=self.mode == "tunnel")
+        return host.address(self.family, inner=self.inner)
 
     def spi(self, host: Host) -> int:
         """The newest SPI of what comes into a host."""
@@ -493,7 +499,10 @@ class Pair:
         )
         if verb == "delete":
             return key
-        return f"{key} mode {self.mode} reqid {self.reqid} {self.extra} {self.suite.words}"
+        ends = f"sel src {self.address(source)} dst {self.address(destination)}"
+        selector = ends if self.mode == "beet" else ""  # which there is what is inside
+        mode = f"mode {self.mode} reqid {self.reqid}"
+        return f"{key} {mode} {selector} {self.extra} {self.suite.words}"
 
     def policies(
         self, verb: str, host: Host, selector: str = "", level: str = "required", more: str = ""

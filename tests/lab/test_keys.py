@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import io
 import logging
 import os
 import traceback
@@ -55,6 +54,7 @@ async def test_no_key_byte_stays(
     alice: Host,
     tmp_path_factory: pytest.TempPathFactory,
     caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.DEBUG)
     # The program writes the pattern to a file, so that no argument of a command stays behind.
@@ -76,7 +76,6 @@ async def test_no_key_byte_stays(
     )
     run("python", "-c", write, alice.v4, bob.v4, str(script))
     backend = XfrmBackend(stamp="off")
-    output = io.StringIO()
     await backend.start()
     run("ip", "-batch", str(script))
     backend.drain()
@@ -103,12 +102,15 @@ async def test_no_key_byte_stays(
     try:
         raise RuntimeError(token, sas)
     except RuntimeError as error:
-        traceback.print_exception(error, file=output)
-    print(sas, token, backend.mirror.__dict__, file=output)
+        traceback.print_exception(error)
+    print(sas, token, backend.mirror.__dict__)
 
     both = read_into(f"{script}.patterns", bytearray(18))
     patterns = [bytes(both[:9]), bytes(both[9:])]
-    text = output.getvalue() + caplog.text
+    # All that was written, by whatever way, while SAs were read.
+    text = "".join((*capfd.readouterr(), caplog.text))
+    assert f"spi {0x5001:#010x}" in text or "20481" in text
+    assert "RuntimeError" in text
     assert not [p for p in patterns if p.decode() in text or p.hex() in text]
     mine = {id(both), *map(id, patterns)}
     assert holders(patterns, mine) == []

@@ -18,6 +18,7 @@ from hosts import (
     GCM,
     NULL,
     PATIENCE,
+    TUNNELS,
     Host,
     Pair,
     Suite,
@@ -43,6 +44,8 @@ SCENARIOS = [
     ("tunnel", 4, "0.0.0.0", NULL),
     ("transport", 6, "::", AH),
     ("tunnel", 4, "0.0.0.0", AH),
+    ("beet", 4, "0.0.0.0", GCM),
+    ("beet", 6, "::", CBC),
 ]
 """Mode, family on the wire, what the server binds (IPv4 at "::" is v4-mapped), suite."""
 
@@ -129,9 +132,21 @@ def assert_exact(token: PToken, pair: Pair, bob: Host) -> None:
     assert token.protected
     assert token.privacy_protected is ("aead" in told or not null) is pair.suite.private
     assert token.integrity_protected is ("aead" in told or "auth-trunc" in told) is True
-    assert token.tunnel_mode is (head[4] == "tunnel")
+    assert token.tunnel_mode is (head[4] in TUNNELS)
     assert token.ipoptions_protected is (head[1] == "ah" or head[4] == "tunnel")
+    assert token.compression_available is False
+    assert token.policy_name is None
     assert token.alive
+    private = bool(token.privacy_protected)
+    assert ("encrypted and" in token.information_string) is private
+    assert "authenticated by " in token.information_string
+    for text in (token.information_string, token.audit_string):
+        assert f"{head[1]}/{head[4]}(" in text
+        assert text.find(f" reqid {int(head[3])}") > 0
+        assert all(name in text for name, _, _ in told.values())
+    assert f" spi={head[2]}" in token.audit_string
+    local, peer = pair.address(bob), pair.address(pair.one)
+    assert token.audit_string.startswith(f"local={local} peer={peer} assurance=EXACT privacy=")
 
 
 def assert_clear(token: PToken) -> None:
@@ -146,7 +161,7 @@ async def test_datagrams(
     bob: Host, alice: Host, mallory: Host, mode: str, family: int, bound: str, suite: Suite
 ):
     pair = lenient(alice, bob, suite, mode, family)
-    inner = mode == "tunnel"
+    inner = pair.inner
     to = pair.address(bob)
     forged = udp(pair.address(alice), to, (4000, PORT), b"forged")
     async with receiving(bound) as (_, server):
@@ -203,7 +218,7 @@ async def test_accepted_connections(
     bob: Host, alice: Host, mallory: Host, mode: str, family: int, bound: str, suite: Suite
 ):
     pair = lenient(alice, bob, suite, mode, family)
-    inner = mode == "tunnel"
+    inner = pair.inner
     to = (pair.address(bob), PORT)
     made: asyncio.Queue[tuple[str, PToken]] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -462,6 +477,70 @@ async def test_clear_datagrams_are_refused(bob: Host, alice: Host, mallory: Host
         stats = transport.ipsec_stats
         assert (stats.received, stats.refused, dict(stats.refused_by)) == (2, 1, {"encrypted": 1})
         assert server.arrivals.empty()
+
+
+async def test_compression_may_have_been_where_ip_has_it(bob: Host, alice: Host, mallory: Host):
+    """The stamp names the ESP SA alone, whatever was inside."""
+    pair = lenient(alice, bob)
+    reqid = f"reqid {pair.reqid} mode transport"
+    ends = f"src {alice.v4} dst {bob.v4}"
+    compressing = f"xfrm state add {ends} proto comp spi 0x1f0a {reqid} comp deflate"
+    both = f"tmpl {ends} proto comp {reqid} level use tmpl {ends} proto esp {reqid}"
+    data = b"much alike " * 80
+    async with receiving() as (_, server):
+        with alice.udp() as client, mallory.udp() as clear:
+            client.sendto(data, (bob.v4, PORT))
+            assert_exact((await server.next())[2], pair, bob)
+            assert "proto comp" not in bob.show("ip", "xfrm", "state")
+            for host in (bob, alice):
+                host.ip(compressing)
+            bob.ip(f"xfrm policy update {ends} dir in {both} level use")
+            alice.ip(f"xfrm policy update {ends} dir out {both}")
+            client.sendto(data, (bob.v4, PORT))
+            received, _, token = await server.next()
+            assert received == data
+            assert "1(packets)" in bob.sa(alice.v4, bob.v4, "comp", 0x1F0A).replace(" ", "")
+            assert "proto comp" in bob.show("ip", "xfrm", "state")
+            assert token.compression_available is None
+            assert token.assurance is Assurance.EXACT
+            assert token.protected
+            assert token.sa is not None
+            assert token.sa.spi == pair.spi(bob)
+            clear.sendto(b"clear", (bob.v4, PORT))
+            _, _, other = await server.next()
+            assert_clear(other)
+            assert other.compression_available is False
+
+
+async def test_the_policy_is_named_as_ip_shows_it(bob: Host, alice: Host, mallory: Host):
+    pair = protect(alice, bob, policies=False)
+    pair.demand(alice)
+    pair.demand(bob, selector=f"proto udp dport {PORT}", more="priority 7")
+    bob.ip(
+        f"xfrm policy add src {alice.v4}/32 dst {bob.v4}/32 dir in priority 9"
+        f" tmpl proto esp mode transport"
+    )
+    shown = bob.show("ip", "xfrm", "policy", "list", "dir", "in")
+    found = re.search(r"src (\S+) dst (\S+) proto (\w+) dport (\d+)\s+dir in priority (\d+)", shown)
+    assert found, shown
+    source, destination, proto, port, priority = found.groups()
+    number = socket.getprotobyname(proto)
+    async with receiving(stamp="off", trust=True) as (_, server):
+        with alice.udp() as client, mallory.udp() as clear:
+
+            async def arrive(sender: socket.socket) -> PToken:
+                sender.sendto(b"hello", (bob.v4, PORT))
+                return (await server.next())[2]
+
+            while (token := await arrive(client)).assurance is Assurance.UNKNOWN:
+                assert not token.protected
+                await asyncio.sleep(0.1)
+            name = f"{source} → {destination}:{port} proto {number} priority {priority}"
+            assert token.policy_name == name
+            assert token.assurance is Assurance.POLICY
+            assert name in token.audit_string
+            assert token.compression_available is None
+            assert_clear(await arrive(clear))
 
 
 @pytest.mark.parametrize("trust", [False, True])

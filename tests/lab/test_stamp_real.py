@@ -330,13 +330,13 @@ def checksum(data):
     return ~total & 0xFFFF
 
 
-def halves(source, target, payload, ident):
+def halves(source, target, payload, ident, port):
     """Return the datagram's two IP fragments."""
     family = family_of(target)
     ends = socket.inet_pton(family, source) + socket.inet_pton(family, target)
     length = 8 + len(payload)
     pseudo = ends + struct.pack("!IHH", length, 0, 17)[-8:]
-    header = struct.pack("!HHHH", 7001, PORT, length, 0)
+    header = struct.pack("!HHHH", 7001, port, length, 0)
     body = header[:6] + struct.pack("!H", checksum(pseudo + header + payload)) + payload
     cut = len(body) // 2 // 8 * 8
     parts = []
@@ -355,8 +355,8 @@ def halves(source, target, payload, ident):
 PAIRS = [("10.1.0.2", "10.1.0.1", 0x1002), ("fd01::2", "fd01::1", 0x1004)]
 
 
-def send_halves(sockets, source, target, clear_second, ident):
-    first, second = halves(source, target, b"y" * 400, ident)
+def send_halves(sockets, source, target, clear_second, ident, port=PORT):
+    first, second = halves(source, target, b"y" * 400, ident, port)
     raw(sockets, "c", source, clear=False).sendto(first, (target, 0))
     raw(sockets, "c", source, clear=clear_second).sendto(second, (target, 0))
 
@@ -369,6 +369,19 @@ def test_decrypted_fragments_are_dropped(stamp, sockets, source, target, number,
     udp(sockets, "c", source, 7001).sendto(b"after", (target, PORT))
     data, mark = receive(server)
     assert (data, spi(mark)) == (b"after", number)
+
+
+@pytest.mark.parametrize(("source", "target", "number"), PAIRS)
+@pytest.mark.parametrize("served", [[Port(17, PORT)], []], ids=["served", "empty"])
+def test_decrypted_fragments_are_dropped_for_every_port(
+    netlink, sockets, source, target, number, served
+):
+    """What README says of them under "Limits"; forwarded ones and kept ones are tested below."""
+    stamp_table.install(netlink, served, owned=False)
+    server = udp(sockets, "s", target, UNSERVED)
+    send_halves(sockets, source, target, False, 66, UNSERVED)
+    udp(sockets, "c", source, 7001).sendto(b"after", (target, UNSERVED))
+    assert receive(server) == (b"after", 0)
 
 
 @pytest.mark.parametrize(("source", "target", "number"), PAIRS)

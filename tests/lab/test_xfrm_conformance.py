@@ -15,10 +15,40 @@ from hosts import Host, run
 from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.flow import pack_address
 from ipsec_aio.testing import BackendConformance, Bench
+from ipsec_aio.wire.netlink import attribute
 
 KEY = "0x" + "4b" * 20
 MARKED = "src 203.0.113.1 dst 203.0.113.2 dir in mark 5"
 ANY = {"any": "0.0.0.0/0"}
+
+
+async def synced(backend: XfrmBackend) -> None:
+    """Wait until the backend's tables are certain."""
+    changed = asyncio.Event()
+    unsubscribe = backend.subscribe(changed.set)
+    while not backend.mirror.synced:
+        changed.clear()
+        await changed.wait()
+    unsubscribe()
+
+
+def xfrm(kind: int, body: bytes) -> None:
+    """Send a request that ``ip`` has no words for."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6) as requests:
+        requests.send(struct.pack("=IHHII", 16 + len(body), kind, 0x5, 1, 0) + body)
+        (code,) = struct.unpack_from("=i", requests.recv(4096), 16)
+    assert not code, os.strerror(-code)
+
+
+def migrate(ends: tuple[str, str], old: tuple[str, str], new: tuple[str, str], reqid: int) -> None:
+    """Move the tunnel of an outbound policy, as a daemon does for MOBIKE (XFRM_MSG_MIGRATE)."""
+    source, destination, *outer = map(pack_address, (*ends, *old, *new))
+    selector = struct.pack("=16s16s8xHBB12x", destination, source, socket.AF_INET, 32, 32)
+    moves = struct.pack(
+        *("=16s16s16s16sBBxxIHH", outer[1], outer[0], outer[3], outer[2], 50, 1, reqid),
+        *(socket.AF_INET, socket.AF_INET),
+    )
+    xfrm(0x21, selector + struct.pack("=IB3x", 0, 1) + attribute(17, moves))
 
 
 class KernelBench(Bench):
@@ -72,10 +102,7 @@ class KernelBench(Bench):
         struct.pack_into("!16sIB", body, 56, pack_address(dst), spi, number)
         struct.pack_into("=H", body, 212, socket.AF_INET)
         body[224] = hard
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6) as requests:
-            requests.send(struct.pack("=IHHII", 16 + len(body), 0x18, 0x5, 1, 0) + body)
-            (code,) = struct.unpack_from("=i", requests.recv(4096), 16)
-        assert not code, os.strerror(-code)
+        xfrm(0x18, bytes(body))
 
     async def hold_sas(self) -> None:
         self.held = []
@@ -131,12 +158,7 @@ class KernelBench(Bench):
         assert not self.backend.mirror.synced, errno.errorcode[errno.ENOBUFS]
 
     async def recover(self) -> None:
-        changed = asyncio.Event()
-        unsubscribe = self.backend.subscribe(changed.set)
-        while not self.backend.mirror.synced:
-            changed.clear()
-            await changed.wait()
-        unsubscribe()
+        await synced(self.backend)
 
     async def pass_time(self, seconds: float) -> None:
         self.backend.drain()
@@ -176,6 +198,27 @@ async def test_updates_deletions_and_migrations_as_the_kernel_does_them(
     run("ip", "xfrm", "state", "delete", *sa)
     backend.drain()
     assert not list(backend.mirror.sas())
+    # A migration is one message, which does not tell all: everything is read again.
+    old, new, inner = (alice.v4, bob.v4), ("10.9.0.98", "10.9.0.99"), ("10.20.0.1", "10.20.0.2")
+    outer = f"src {old[0]} dst {old[1]}"
+    tunnel = ["mode", "tunnel", "reqid", "5"]
+    esp = [*outer.split(), "proto", "esp"]
+    run("ip", "xfrm", "state", "add", *esp, "spi", "0x6002", *tunnel, *gcm[2:])
+    ends = f"src {inner[0]} dst {inner[1]} dir out".split()
+    run("ip", "xfrm", "policy", "add", *ends, "tmpl", *esp, *tunnel)
+    backend.drain()
+    assert [(sa.src, sa.dst) for sa in backend.mirror.sas()] == [old]
+    epoch = backend.epoch
+    migrate(inner, old, new, 5)
+    assert f"src {new[0]} dst {new[1]}" in run("ip", "xfrm", "state")
+    backend.drain()
+    assert not backend.mirror.synced
+    assert backend.epoch != epoch
+    await synced(backend)
+    assert [(sa.src, sa.dst, sa.spi) for sa in backend.mirror.sas()] == [(*new, 0x6002)]
+    (policy,) = backend.mirror.spd
+    (template,) = policy.templates
+    assert (template.source, template.destination) == tuple(map(pack_address, new))
     await backend.aclose()
 
 
