@@ -107,6 +107,15 @@ class Backend(ABC):
         return False
 
     @property
+    def drops_fragments(self) -> bool:
+        """Whether no decrypted fragment can be put together with others in this namespace.
+
+        Else what comes by a tunnel may be clear in part: policies look at the whole. When it
+        changes, :attr:`epoch` does so, too.
+        """
+        return False
+
+    @property
     @abstractmethod
     def policies(self) -> int:
         """A number that grows with what packets are judged by as they arrive: when a policy

@@ -200,6 +200,11 @@ class MemoryBackend(TableBackend):
                 backend.use_identities(StaticIdentities.of(document))
         return backend
 
+    @property
+    def drops_fragments(self) -> bool:
+        """Always: its traffic has none."""
+        return True
+
     # SAs
 
     def add_sa(

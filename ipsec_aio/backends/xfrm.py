@@ -119,6 +119,11 @@ class XfrmBackend(TableBackend):
         """SO_NETNS_COOKIE of the namespace; None before Linux 5.14, or before :meth:`start`."""
         return self._cookie
 
+    @property
+    def drops_fragments(self) -> bool:
+        """Whether the stamp's table does so at this moment."""
+        return self._stamp.generation > 0 and not self._stamp.keeps_fragments
+
     def drain(self) -> None:
         """Take in the events that have arrived. Never blocks; lost events raise nothing.
 

@@ -345,6 +345,11 @@ class Connection:
     @property
     def is_kept_clean(self) -> bool:
         """Whether the kernel keeps clear segments off it even without the stamp."""
+        token = self.ptoken
+        if token is None:
+            return False
+        if token.tunnel_mode is not False and not self.judge.backend.drops_fragments:
+            return False
         if self.guard is not None and self.guard.keeps_clear_off:
             return True
         return self._is_enforced and (outlook := self._outlook()) is not None and not outlook.opaque

@@ -40,6 +40,7 @@ from ipsec_aio.kernel.sockopts import (
 )
 from ipsec_aio.log import net_logger
 from ipsec_aio.policy import Policy
+from ipsec_aio.protection import TUNNELS
 from ipsec_aio.require import Require
 from ipsec_aio.wire.sockpolicy import encode
 
@@ -185,8 +186,15 @@ class Enforcement:
         """What the socket's own policy demands of all that leaves it; None where it has none."""
         return None if self._plan is None else self._plan.outbound
 
-    def objection(self, evidence: Evidence) -> str:
-        """Say why the SPD, in whose place the socket's policy stands, would not have let it in."""
+    def objection(self, evidence: Evidence, *, whole: bool = False) -> str:
+        """Say why the SPD, in whose place the socket's policy stands, would not have let it in,
+        or why the policy itself proves nothing. ``whole``: it was not put together from fragments.
+        """
+        template = evidence.enforced
+        # A policy is asked of the whole, and content where the first fragment was decrypted.
+        mixes = template is not None and template.mode in TUNNELS and not whole
+        if mixes and not self._backend.drops_fragments:
+            return "decrypted fragments may be put together with clear ones (a stamp drops them)"
         return "" if self._plan is None else self._backend.objection(evidence, self._plan.inbound)
 
     def shut(self, sock: socket.socket) -> None:

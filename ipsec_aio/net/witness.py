@@ -143,6 +143,7 @@ class Witness:
         self._local = b""
         self._port = 0
         self._doubt = self._unfitness()
+        self._tells_whole = enforcement is not None and self._ip and receive_fragment_sizes(sock)
         self._when_closed = self._check(backend.resolve(_unknown("the backend is closed")))
         self._locate()
         self._generation = self._stamp()
@@ -411,14 +412,14 @@ class Witness:
             doubt,
             after=self._after,
         )
-        return self._enforced(evidence)
+        return self._enforced(evidence, whole=self._tells_whole and not told.reassembled)
 
-    def _enforced(self, evidence: Evidence) -> Evidence:
+    def _enforced(self, evidence: Evidence, *, whole: bool = False) -> Evidence:
         enforcement = self._enforcement
         if enforcement is None or evidence.doubt:
             return evidence
         evidence = replace(evidence, enforced=enforcement.template)
-        return replace(evidence, doubt=enforcement.objection(evidence))
+        return replace(evidence, doubt=enforcement.objection(evidence, whole=whole))
 
     def _verdict(self, evidence: Evidence) -> Verdict:
         try:

@@ -718,3 +718,44 @@ async def test_what_is_applied_to_a_reply_is_the_sockets_own(
                     transport.sendto(b"reply", addr, ptoken=token)
             reqid = 2 if follows else 1
             assert policies.templates(transport, Direction.OUT) == (replace(ESP, reqid=reqid),)
+
+
+class Mixing(KernelBackend):
+    """Nothing drops decrypted fragments."""
+
+    drops_fragments: Any = False
+
+
+@pytest.mark.parametrize("mode", ["transport", "tunnel"])
+async def test_what_may_be_clear_in_part_is_not_enforced(
+    policies: Policies, kind: str, mode: str
+) -> None:
+    backend = Mixing()
+    backend.add_sa(src=HOST, dst=HOST, mode=mode)
+    backend.add_policy(src=HOST, dst=HOST, mode=mode)
+    require = Require(encrypted=True, mode=mode)
+    async with opened(kind, backend, require=require) as endpoint:
+        assert place(endpoint) == "kernel"
+        if kind == UDP:
+            # It is told of each datagram whether it was put together.
+            assert (await received(endpoint)).assurance is Assurance.ENFORCED
+        else:
+            refused = mode == "tunnel"
+            async with connected(port_of(endpoint)) as client:
+                if refused:
+                    await client.log.until("lost")
+                await until(lambda: endpoint.ipsec_stats.received == 1)
+                assert endpoint.ipsec_stats.refused == refused
+                assert endpoint.ipsec_stats.protected == (not refused)
+
+
+async def test_a_tunnels_latch_keeps_no_fragments_off(policies: Policies) -> None:
+    backend = Mixing()
+    backend.restore_stamp()
+    backend.add_sa(src=HOST, dst=HOST, mode="tunnel")
+    async with accepted(backend, require=None, latch=True) as (_, protocol):
+        connection = protocol.transport._ipsec_connection
+        connection.guard.latch.kernel = True
+        assert not connection.is_kept_clean
+        backend.drops_fragments = True
+        assert connection.is_kept_clean

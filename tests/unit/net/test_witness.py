@@ -11,9 +11,12 @@ import pytest
 
 import ipsec_aio
 from ipsec_aio.backends.contract import Registration
+from ipsec_aio.enums import Mode
 from ipsec_aio.evidence import Evidence
 from ipsec_aio.kernel.sockopts import netns_cookie
+from ipsec_aio.net.enforce import Enforcement
 from ipsec_aio.net.witness import Witness
+from ipsec_aio.policy import Template
 from ipsec_aio.tokens import PToken
 
 
@@ -76,6 +79,41 @@ def test_the_kernel_tells_what_was_reassembled(family: int, bound: str, target: 
             verdict = witness.judge(addr, told, flags)
             assert len(data) == size
             assert ("reassembled" in verdict.token.audit_string) == reassembled
+
+
+@pytest.mark.usefixtures("small_loopback")
+def test_a_tunnels_template_proves_nothing_of_what_was_put_together() -> None:
+    class Mixing(Asked):
+        drops_fragments = False
+
+    class InTunnel:
+        """A socket's own policy that demands a tunnel."""
+
+        version = 0
+        outbound = None
+        template = Template(mode=Mode.TUNNEL)
+        _plan = None
+        objection = Enforcement.objection
+
+        def __init__(self, backend: Asked) -> None:
+            self._backend = backend
+
+    for backend, expected in ((Mixing(), True), (Asked(), False)):
+        enforcement: Any = InTunnel(backend)
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+        ):
+            receiver.bind(("127.0.0.1", 0))
+            receiver.settimeout(5)
+            witness = Witness(receiver, backend, enforcement=enforcement)
+            for size in (100, 3000):
+                sender.sendto(bytes(size), receiver.getsockname())
+                _, told, flags, addr = receiver.recvmsg(65536, 512)
+                witness.look()
+                witness.judge(addr, told, flags)
+                assert backend.last.enforced == enforcement.template
+                assert ("fragments" in backend.last.doubt) == (expected and size == 3000)
 
 
 def test_a_queue_seen_empty_vouches_for_what_comes_later_only() -> None:
