@@ -37,8 +37,8 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -57,7 +57,7 @@ MODES = ("transport", "tunnel")
 TUNNELS = ("tunnel", "beet")
 
 _CLONE_NEWNET = 0x40000000
-_SO_RCVMARK = 75
+_SO_RCVMARK, _ETH_P_ALL = 75, 3
 _END = "end-of-lines"
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -586,6 +586,28 @@ def rekey(*pairs: Pair, spis: tuple[int, int] | None = None, keep: int | None = 
     for step in steps:
         for host, lines in step.items():
             host.ip(*lines)
+
+
+# -- the wire ------------------------------------------------------------------------------
+
+
+@contextmanager
+def sniffing(host: Host, port: int, proto: int = socket.IPPROTO_TCP) -> Iterator[list[bytes]]:
+    """What comes to a host in clear for a port, or from it; told in the end."""
+    with host:
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
+    wire.setblocking(False)
+    wire.bind(("eth0", _ETH_P_ALL))
+    seen: list[bytes] = []
+    with wire:
+        yield seen
+        with suppress(BlockingIOError):
+            while True:
+                data, address = wire.recvfrom(65536)
+                if address[2] == socket.PACKET_OUTGOING or data[9] != proto:
+                    continue
+                if port.to_bytes(2, "big") in (data[20:22], data[22:24]):
+                    seen.append(data)
 
 
 # -- waiting -------------------------------------------------------------------------------
