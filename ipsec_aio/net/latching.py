@@ -217,7 +217,12 @@ class Guard:
 
     def _expire(self) -> None:
         self._timer = None
-        self._end(False, self.latch.advance(self._judge.time()))
+        moved = self.latch.advance(self._judge.time())
+        deadline = self.latch.next_deadline()
+        if deadline is not None:
+            # uvloop counts in milliseconds, so it may call too soon.
+            self._timer = self._judge.call_at(deadline, self._expire)
+        self._end(False, moved)
 
     def _end(self, news: bool, moved: bool) -> None:
         raw = self.raw
