@@ -29,6 +29,7 @@ from stream_tools import (
 import ipsec_aio
 from ipsec_aio import Assurance, Latch, LatchParameters, LatchReason, LatchState, Require
 from ipsec_aio.enums import Direction, Mode, PolicyAction
+from ipsec_aio.net.connection import Judge
 from ipsec_aio.sa import Algorithm
 
 PEER, OTHER = "127.0.0.20", "127.0.0.21"
@@ -713,6 +714,16 @@ async def test_a_pause_is_bounded() -> None:
         await protocol.log.until("broken")
         backend.rekey(sa)
         await protocol.log.until("restored")
+
+
+async def test_a_clock_that_calls_too_soon_ends_it_too(monkeypatch: Any) -> None:
+    call_at = Judge.call_at
+    monkeypatch.setattr(Judge, "call_at", lambda self, when, do: call_at(self, when - 0.01, do))
+    backend = backed()
+    async with latched(backend, Latch(on_break="pause", timeout=0.05)) as (protocol, _, sa):
+        backend.delete_sa(sa)
+        await protocol.log.until("lost")
+        assert status(protocol).reason is LatchReason.TIMEOUT
 
 
 async def test_lost_evidence_while_broken_ends_it_without_another_word() -> None:
