@@ -37,7 +37,7 @@ from .events import (
     SAMigrated,
     SAsFlushed,
 )
-from .flow import Flow, Mark
+from .flow import Flow
 from .policy import Policy, Template
 from .sa import IPPROTO_AH, IPPROTO_COMP, IPPROTO_ESP, SA, SAKey
 from .sad import SAD, Index, Record
@@ -154,9 +154,10 @@ class Mirror:
         return self._tables.sad.names_interface or self._tables.spd.names_interface(Direction.IN)
 
     @property
-    def set_marks(self) -> frozenset[Mark]:
-        """The marks that SAs write into packets."""
-        return self._tables.sad.set_marks
+    def marks(self) -> object:
+        """Equal to what it was as long as nothing changed that looks at marks, or writes them."""
+        sad, spd = self._tables.sad, self._tables.spd
+        return sad, sad.mark_changes, spd.mark_changes
 
     @property
     def changes(self) -> int:

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from .enums import Direction, Mode
-from .flow import Mark, Selector
+from .flow import Selector
 from .prefixes import Place, Prefixes, places
 from .sa import IPPROTO_COMP, SA, SAKey
 
@@ -244,7 +244,7 @@ def _tally(counts: dict[_K, int], what: _K, step: int) -> None:
 class SAD(Index):
     """The living SAs."""
 
-    __slots__ = ("_bound", "_compressing", "_crowded", "_marked", "_set_marks", "_size")
+    __slots__ = ("_bound", "_compressing", "_crowded", "_marked", "_size", "mark_changes")
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +253,8 @@ class SAD(Index):
         self._crowded: dict[SAKey, Record] = {}
         self._marked = 0
         self._bound = 0
-        self._set_marks: dict[Mark, int] = {}
+        self.mark_changes = 0
+        """Counts the changes of SAs that look at marks, or write them."""
         self._compressing: dict[tuple[bytes, bytes], int] = {}
 
     def __len__(self) -> int:
@@ -314,11 +315,6 @@ class SAD(Index):
         """Whether an SA that may be inbound names an interface in its selector."""
         return self._bound > 0
 
-    @property
-    def set_marks(self) -> frozenset[Mark]:
-        """The marks that SAs write into packets."""
-        return frozenset(self._set_marks)
-
     def compresses(self, source: bytes, destination: bytes) -> bool:
         """Whether there is an IPComp SA with these outer addresses."""
         return (source, destination) in self._compressing
@@ -327,7 +323,7 @@ class SAD(Index):
         if sa.direction is not Direction.OUT:
             self._marked += step * (sa.mark != (0, 0))
             self._bound += step * (sa.selector.ifindex != 0)
-        if sa.set_mark is not None:
-            _tally(self._set_marks, sa.set_mark, step)
+        if sa.set_mark is not None or sa.mark != (0, 0):
+            self.mark_changes += 1
         if sa.proto == IPPROTO_COMP:
             _tally(self._compressing, (sa.source, sa.destination), step)

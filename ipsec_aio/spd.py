@@ -149,6 +149,8 @@ class SPD:
         self._tables: dict[tuple[Direction, int], _Table] = {}
         self._rank = count(1)
         self._marked = 0
+        self.mark_changes = 0
+        """Counts the changes of policies that look at marks."""
         self._bound = dict.fromkeys(Direction, 0)
         self._conditional = 0
 
@@ -306,6 +308,7 @@ class SPD:
         marked, bound = policy.mark != (0, 0), policy.selector.ifindex != 0
         if not (marked or bound):
             return
+        self.mark_changes += marked
         self._bound[policy.direction] += step * bound
         if policy.direction is Direction.IN:
             self._marked += step * marked

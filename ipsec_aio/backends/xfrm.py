@@ -82,7 +82,7 @@ class XfrmBackend(TableBackend):
         self._poll: select.epoll | None = None
         self._cookie: int | None = None
         self._recovery: asyncio.Task[None] | None = None
-        self._marks: object = (False, frozenset())
+        self._marks: object = None
         self._marks_matter = False
         self._link_changes: int = 0
         self._link_losses: int = 0
@@ -242,13 +242,15 @@ class XfrmBackend(TableBackend):
         if losses != self._link_losses:
             self.resolver.own_until = self.mirror.count_change()
         if changes != self._link_changes:
+            self._marks_matter = True
             self.mirror.bump()
         self._link_changes, self._link_losses = changes, losses
 
     def _look_at_marks(self) -> None:
         """Tell the stamp where others began or ceased to use marks."""
         self._marks_matter = False
-        marks = (self.mirror.has_marked_inbound(), self.mirror.set_marks)
+        # Whose addresses are ours says which SAs are inbound.
+        marks = self.mirror.marks, self._link_changes
         if marks != self._marks:
             self._marks = marks
             self._stamp.marks_changed()

@@ -820,8 +820,27 @@ async def test_what_sas_to_other_hosts_mark_is_of_no_concern(kernel: FakeKernel)
     outbound = m.sa_info(m.B, m.A, spi=3) + m.GCM + m.u32(29, 5)
     kernel.emit(m.message(m.NEWSA, outbound))
     backend.drain()
-    assert backend.mirror.set_marks
     assert registration.generation
+    # Nor does it hide what comes the other way.
+    kernel.emit(m.message(m.NEWSA, gcm() + m.u32(29, 5)))
+    backend.drain()
+    assert not registration.generation
+    registration.close()
+    await backend.aclose()
+
+
+@pytest.mark.usefixtures("netns")
+async def test_an_address_may_make_an_sa_inbound(kernel: FakeKernel) -> None:
+    backend = XfrmBackend(stamp="install", socket_factory=kernel.socket)
+    await backend.start()
+    registration = await backend.register(IPPROTO_UDP, 5000)
+    kernel.emit(m.message(m.NEWSA, m.sa_info(m.B, m.A, spi=3) + m.GCM + m.u32(29, 5)))
+    backend.drain()
+    assert registration.generation
+    kernel.local.add(m.A)
+    kernel.emit(m.message(20, bytes([socket.AF_INET]) + bytes(7)), protocol=0)
+    backend.drain()
+    assert not registration.generation
     registration.close()
     await backend.aclose()
 
