@@ -16,15 +16,7 @@ help:
 	@echo 'make docs      these pages and the API, as HTML in build/docs'
 	@echo 'make clean     remove what was made; make distclean removes downloads, too'
 
-# The emulated processors leave one of two idle: what needs no lab runs beside it, and is shown after.
-BESIDE := build/beside.log
-test: lint .venv/ready .lab/ready
-	@mkdir -p $(dir $(BESIDE))
-	@$(MAKE) -j2 --no-print-directory lab beside; code=$$?; cat $(BESIDE); exit $$code
-
-beside:
-	@echo 'types and unit tests run meanwhile: $(BESIDE)'
-	@$(MAKE) --no-print-directory types unit >$(BESIDE) 2>&1
+test: lint types unit lab
 
 .venv/ready: pyproject.toml tests/lab/prepare.sh
 	@PYTHON=$(PYTHON) sh tests/lab/prepare.sh python
@@ -78,4 +70,4 @@ clean:
 distclean: clean
 	rm -rf .venv .lab
 
-.PHONY: help bench beside demo test lint types unit lab docs clean distclean
+.PHONY: help bench demo test lint types unit lab docs clean distclean
