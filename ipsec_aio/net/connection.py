@@ -133,7 +133,7 @@ class Connection:
     after = NEVER
     """What the backend's policies were before its socket was made, NEVER where not known."""
     _listener: Listener | None = None
-    _ceiling = Assurance.UNKNOWN
+    _first: PToken | None = None
     _evidence: Evidence | None = None
     _facts: Facts
     _looking = False
@@ -179,8 +179,8 @@ class Connection:
             token = judge.resolve(self.evidence)
         else:
             token, self.protected = judge.resolve_accepted(facts)
-        if self.protected is None:
-            self._ceiling = token.assurance
+        if self.protected is None and token.assurance is not Assurance.UNKNOWN:
+            self._first = token
         self.cell.ptoken = token
         return token
 
@@ -414,13 +414,16 @@ class Connection:
             evidence = self._evidence = replace(evidence, enforced=enforcement.template)
             evidence = replace(evidence, doubt=enforcement.objection(evidence))
         token = self.judge.resolve(evidence)
-        if self._ceiling is Assurance.UNKNOWN:
-            self._ceiling = token.assurance
-        elif self._ceiling is Assurance.NONE and token.assurance > Assurance.NONE:
-            # It would no longer be true that all of it is clear.
-            token = self.judge.resolve(replace(evidence, doubt="it was clear when it began"))
-        if token.assurance <= self._ceiling:
-            self._replace(token)
+        first, current = self._first, self.ptoken
+        if first is None:
+            if token.assurance is not Assurance.UNKNOWN:
+                self._first = token
+        elif _claims_more(token, first):
+            if current is not None and not _claims_more(current, token):
+                return  # what it says still holds
+            # Nor would it still be true that all of it is clear.
+            token = self.judge.resolve(replace(evidence, doubt="it began as something else"))
+        self._replace(token)
 
     def _catch_up(self, transport: asyncio.BaseTransport) -> None:
         """Where nothing waits to be read, all that came before now was read; else look later."""
@@ -619,6 +622,24 @@ class Judge:
 
 
 def _nothing() -> None: ...
+
+
+def _claims_more(one: PToken, other: PToken) -> bool:
+    """Whether a token says anything for its connection where another says nothing.
+
+    Another name is no more than a name: who began is told of it, and a requirement refuses it.
+    """
+    if one.assurance is Assurance.UNKNOWN:
+        return False
+    return (
+        one.assurance > other.assurance
+        or (one.assurance is Assurance.NONE) != (other.assurance is Assurance.NONE)
+        or (one.protected and not other.protected)
+        or (one.privacy_protected is True and other.privacy_protected is not True)
+        or (one.integrity_protected is True and other.integrity_protected is not True)
+        or (one.peer is not None and other.peer is None)
+        or (one.local is not None and other.local is None)
+    )
 
 
 def _nowhere(doubt: str) -> Facts:
