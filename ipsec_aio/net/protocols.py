@@ -51,6 +51,7 @@ __all__ = [
     "Protocol",
     "TokenProtocol",
     "check_protocol",
+    "check_stream_protocol",
     "takes_token",
 ]
 
@@ -187,6 +188,13 @@ def check_protocol(protocol: object) -> None:
         method = inspect.getattr_static(protocol, "connection_made")
         if isinstance(method, FunctionType):
             raise TypeError(f"protocol_factory returned the class {protocol!r}, not an instance")
+
+
+def check_stream_protocol(protocol: object) -> None:
+    """As :func:`check_protocol`, for the protocol of a stream."""
+    check_protocol(protocol)
+    if isinstance(protocol, DatagramProtocol):
+        raise TypeError(f"protocol_factory returned {protocol!r}, which is for datagrams")
 
 
 def takes_token(protocol: object) -> bool:

@@ -37,15 +37,16 @@ from ipsec_aio.latch import Latch, ListenerLatch
 from .connect import connect_protected
 from .connection import Connection, Judge
 from .context import current
-from .enforce import KERNEL, Where, check_options, enforcement_for
+from .enforce import KERNEL, USER, Where, check_options, enforcement_for
 from .forward import ForwardingTransport, connection_of, dress, enter, undress, user_of
 from .latching import reset
 from .listening import Listener
-from .protocols import TokenProtocol, takes_token
+from .protocols import TokenProtocol, check_stream_protocol, takes_token
 from .refusals import Refusals
 from .server import Server
 from .stats import Counters
 from .terms import Terms
+from .tokens_of import get_ptoken
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -245,6 +246,8 @@ async def create_connection(
         # A loop whose transports are replaced, as tests do, may never call connection_made.
         if handover.begun:
             await handover.settled
+        if handover.problem is not None:
+            raise handover.problem
         if handover.transport is None and handover.error is None and require is not None:
             raise ProtectionError("require", "the connection could not be judged")
     except BaseException:
@@ -262,6 +265,10 @@ async def start_tls(
     transport: asyncio.BaseTransport,
     protocol: AnyProtocol,
     sslcontext: SSLContext,
+    *,
+    backend: Backend | None = None,
+    require: Require | None = None,
+    latch: Latch | bool | None = None,
     **options: Any,
 ) -> asyncio.Transport | None:
     """Upgrade a connection to TLS, as ``loop.start_tls`` does; its token goes with it.
@@ -269,9 +276,25 @@ async def start_tls(
     ``options`` are the loop method's: ``server_side``, ``server_hostname``,
     ``ssl_handshake_timeout``, ``ssl_shutdown_timeout``. Use this and not the loop's method:
     uvloop's takes no transport that stands in front of its own.
+
+    ``require`` is demanded of the connection's token before anything is sent, and from then on
+    beside what was demanded before; of a transport that is none of ours, ``backend`` says what its
+    token is, once. A connection that does not meet it is reset: ProtectionError. Latches are made
+    with their connections: ``latch`` True, or a Latch, raises ValueError where there is none.
     """
+    check_options(require, USER, 0)
     loop = asyncio.get_running_loop()
     connection = connection_of(transport)
+    if Latch.of(latch) is not None and (connection is None or connection.guard is None):
+        raise ValueError("a connection is latched when it is made: see create_server(latch=)")
+    if require is not None:
+        token = get_ptoken(transport, backend=backend)
+        error = require.check(token)
+        if error is not None:
+            reset(cast("asyncio.Transport", undress(transport)))
+            raise error
+        if connection is not None:
+            connection.terms = connection.terms.demanding(require)
     if connection is None:
         plain = cast("asyncio.BaseProtocol", protocol)
         return await loop.start_tls(cast("Any", transport), plain, sslcontext, **options)
@@ -308,6 +331,7 @@ class _Handover(asyncio.Protocol):
         self.begun = True
         raw = cast("asyncio.Transport", transport)
         try:
+            check_stream_protocol(self.protocol)
             token = self._connection.made(raw)
         except BaseException:
             # The loop reports it; nothing goes on unjudged, and nobody waits for it.
@@ -344,7 +368,7 @@ class _Handover(asyncio.Protocol):
             self._connection.close()
             self.error = ProtectionError("peer", "the connection was lost before it was identified")
             self._done()
-        elif self.error is None:
+        elif self.transport is not None:
             cast("asyncio.BaseProtocol", self.protocol).connection_lost(exc)
 
     def _token(self) -> PToken:
@@ -449,16 +473,28 @@ class _Handover(asyncio.Protocol):
 class _Connecting(_Handover):
     """That of an outgoing connection.
 
+    ``problem`` is what is wrong with the user's protocol.
     ``settled`` is done when it was handed over, or refused with ``error``, and ``gone`` when the
     connection was lost. What is refused is reset by who made it, since uvloop does not own the
     socket that it was given before it has returned.
     """
+
+    problem: TypeError | None = None
 
     def __init__(self, connection: Connection, protocol: AnyProtocol) -> None:
         super().__init__(connection, protocol)
         loop = connection.terms.loop
         self.settled: asyncio.Future[None] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        try:
+            check_stream_protocol(self.protocol)
+        except TypeError as error:
+            self.begun, self.problem = True, error
+            self._done()
+        else:
+            super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.gone.done():

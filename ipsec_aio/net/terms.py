@@ -67,6 +67,11 @@ class Terms:
         self._refusals = refusals
         self._endpoint = endpoint
 
+    def demanding(self, require: Require) -> Terms:
+        """Return the same with one more requirement."""
+        both = require if self.require is None else self.require & require
+        return Terms(self.loop, both, self.deadline, self.latch, self._refusals, self._endpoint)
+
     def uphold(self, connection: Connection, token: PToken, *, final: bool) -> None:
         """See whether a connection may go on under a token. ``final``: no better one is awaited."""
         transport, require = connection.transport, self.require

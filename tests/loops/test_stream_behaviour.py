@@ -25,6 +25,7 @@ from stream_tools import (
 )
 
 import ipsec_aio
+from ipsec_aio import Require
 from ipsec_aio.net.forward import ForwardingTransport
 from ipsec_aio.net.streams import create_server
 
@@ -368,3 +369,69 @@ async def test_write_eof_and_half_open_connections(kind: Any) -> None:
         assert await server_side.log.bytes(5) == b"still"
         client.transport.close()
         await server_side.log.until("lost")
+
+
+class Nothing:
+    """No protocol."""
+
+
+@pytest.mark.parametrize(
+    "factory", [Nothing, lambda: None, lambda: Plain, ipsec_aio.DatagramProtocol]
+)
+async def test_what_is_no_stream_protocol(factory: Any) -> None:
+    backend = protecting()
+    loop = asyncio.get_running_loop()
+    reported: list[Any] = []
+    loop.set_exception_handler(lambda _, context: reported.append(context.get("exception")))
+    async with serving(Plain, backend) as server:
+        with pytest.raises(TypeError, match="protocol_factory returned"):
+            await ipsec_aio.create_connection(factory, HOST, port_of(server), backend=backend)
+    assert not reported
+    async with serving(factory, backend) as server, connected(port_of(server)) as client:
+        await client.log.until("lost")
+    assert isinstance(reported[0], TypeError)
+
+
+async def test_an_upgrade_may_demand_more() -> None:
+    backend = protecting()
+    for require, met in ((Require(encrypted=True), True), (Require(mode="tunnel"), False)):
+        accepted: asyncio.Queue[Any] = asyncio.Queue()
+
+        class Upgraded(Plain):
+            def connection_made(self, transport: Any, queue: Any = accepted) -> None:
+                super().connection_made(transport)
+                self.transport = transport
+                queue.put_nowait(self)
+
+        async with (
+            serving(Upgraded, backend) as server,
+            connected(port_of(server)) as client,
+        ):
+            mine = await accepted.get()
+            with pytest.raises(ValueError, match="latched when it is made"):
+                await ipsec_aio.start_tls(mine.transport, mine, server_tls(), latch=True)
+            with pytest.raises(TypeError, match="Require"):
+                await ipsec_aio.start_tls(
+                    mine.transport,
+                    mine,
+                    server_tls(),
+                    require=True,  # type: ignore[arg-type]
+                )
+            upgrade = ipsec_aio.start_tls(
+                mine.transport, mine, server_tls(), server_side=True, require=require
+            )
+            if met:
+                loop = asyncio.get_running_loop()
+                theirs = loop.start_tls(
+                    client.transport, client, client_tls(), server_hostname="localhost"
+                )
+                secure, other = await asyncio.gather(upgrade, theirs)
+                assert secure is not None
+                assert other is not None
+                backend.flush_sas()
+                secure.abort()
+                other.abort()
+            else:
+                with pytest.raises(ipsec_aio.ProtectionError, match="mode"):
+                    await upgrade
+                await client.log.until("lost")
