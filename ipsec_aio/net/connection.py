@@ -9,6 +9,8 @@ Rules:
   settles by itself.)
   The kernel's own latch keeps clear segments off as well, and so does the policy that a connection
   has from its listener: there the token stands.
+* Where TLS comes first, its peer decides how long after its accept a connection is made: then what
+  the stamp says holds only while no SA of then can be forgotten.
 * The backend is drained after a connection was accepted and before it is judged: once for those
   that were accepted together.
 * What the backend said of a stamp and a peer holds for the peer's next connections as well, as long
@@ -65,8 +67,10 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-__all__ = ["KNOWN_LIMIT", "Connection", "Facts", "Judge"]
+__all__ = ["KNOWN_LIMIT", "LATE", "Connection", "Facts", "Judge"]
 
+LATE = 5.0
+"""Seconds after which a stamp is not resolved any more: removed SAs are known for twice as long."""
 KNOWN_LIMIT = 4096
 """How many peers' tokens are kept for their next connections."""
 _AGAIN = 1.0
@@ -134,6 +138,8 @@ class Connection:
     """What the backend's policies were before its socket was made, NEVER where not known."""
     _listener: Listener | None = None
     _first: PToken | None = None
+    # When it was accepted, and the stamps' generations then, where much may lie between.
+    _accepted: tuple[float, Mapping[int, int]] | None = None
     _evidence: Evidence | None = None
     _facts: Facts
     _looking = False
@@ -217,6 +223,8 @@ class Connection:
         # Ports of IP sockets alone have listeners.
         if listener is not None:
             told = listener.read(mark, self.judge.accepted)
+            if self._accepted is not None and told[1] and not told[2]:
+                told = *told[:2], self._lateness(self._accepted, local[1], told[1])
             self.after = listener.emptied_before(self._number)
             facts = Facts(local, peer, *told, self.after)
             self._listener = listener
@@ -231,6 +239,22 @@ class Connection:
         if self.enforcement is not None or (listener is not None and listener.enforces):
             self._adopt(sock, facts, listener)
         return facts
+
+    def note_accept(self) -> None:
+        """It was accepted just now, and its peer decides when it is made: TLS comes first."""
+        listeners = self._listeners or {}
+        generations = {port: each.generation for port, each in listeners.items()}
+        self._accepted = self.judge.time(), generations
+
+    def _lateness(
+        self, accepted: tuple[float, Mapping[int, int]], port: int, generation: int
+    ) -> str:
+        when, generations = accepted
+        if generations.get(port) != generation:
+            return "the stamp changed during the TLS handshake"
+        if self.judge.time() - when > LATE:
+            return "the TLS handshake took so long that the SA may be another's by now"
+        return ""
 
     def _adopt(self, sock: socket.socket, facts: Facts, listener: Listener | None) -> None:
         """Have the connection's own policy follow the SPD, and ask that, in whose place it is."""

@@ -156,7 +156,16 @@ async def create_server(
     listeners: dict[int, Listener] = {}
     judge = Judge.of(loop, backend)
     listener = None if latching is None else ListenerLatch(latching)
-    accepting = _Accepting(loop, judge, listeners, protocol_factory, require, deadline, listener)
+    accepting = _Accepting(
+        loop,
+        judge,
+        listeners,
+        protocol_factory,
+        require,
+        deadline,
+        listener,
+        tls=bool(options.get("ssl")),
+    )
     made = await cast("Any", loop.create_server)(
         accepting, host, port, start_serving=False, **options
     )
@@ -518,7 +527,10 @@ class _Accepting:
         require: Require | None,
         deadline: float,
         latch: ListenerLatch | None,
+        *,
+        tls: bool,
     ) -> None:
+        self._tls = tls
         self.latch = latch
         self.counters = Counters()
         self._refusals = Refusals(self.counters)
@@ -536,6 +548,8 @@ class _Accepting:
         connection = Connection(
             self._judge, self._terms, self._listeners, shared=self._shares_context
         )
+        if self._tls:
+            connection.note_accept()
         if not connection.shared:
             current.set(connection.cell)
         return _Handover(connection, self._factory(), self)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from datagram_tools import until
 from stream_tools import (
     HOST,
     Buffered,
@@ -25,7 +26,8 @@ from stream_tools import (
 )
 
 import ipsec_aio
-from ipsec_aio import Require
+from ipsec_aio import Require, mirror
+from ipsec_aio.net import connection, listening
 from ipsec_aio.net.forward import ForwardingTransport
 from ipsec_aio.net.streams import create_server
 
@@ -435,3 +437,32 @@ async def test_an_upgrade_may_demand_more() -> None:
                 with pytest.raises(ipsec_aio.ProtectionError, match="mode"):
                     await upgrade
                 await client.log.until("lost")
+
+
+@pytest.mark.parametrize("late", ["", "stamp", "time"])
+async def test_whose_tls_begins_late_is_in_doubt(late: str, monkeypatch: Any) -> None:
+    """The peer decides when; meanwhile his SA's number may have become another's."""
+    assert 2 * connection.LATE <= mirror.TOMBSTONE_SECONDS
+    monkeypatch.setattr(listening, "SETTLE", 0.0)
+    if late == "time":
+        monkeypatch.setattr(connection, "LATE", 0.0)
+    backend = protecting()
+    loop = asyncio.get_running_loop()
+    server = Tokened()
+    async with (
+        serving(lambda: server, backend, ssl=server_tls()) as serving_,
+        connected(port_of(serving_)) as client,
+    ):
+        judge = connection.Judge.of(loop, backend)
+        await until(lambda: judge.accepted)
+        if late == "stamp":
+            backend.lose_stamp()
+            backend.restore_stamp()
+        made = await loop.start_tls(
+            client.transport, client, client_tls(), server_hostname="localhost"
+        )
+        ((token, _),) = await server.log.until("made")
+        assert token.protected == (not late)
+        assert ("TLS handshake" in token.audit_string) == bool(late)
+        assert made is not None
+        made.abort()
