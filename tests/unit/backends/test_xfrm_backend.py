@@ -224,6 +224,20 @@ async def test_interfaces_make_the_stamp_opaque(kernel: FakeKernel, backend: Xfr
     assert backend.resolve(replace(clear, after=backend.policies)).assurance is Assurance.NONE
 
 
+async def test_an_interface_that_came_and_went_between_two_looks(
+    kernel: FakeKernel, backend: XfrmBackend
+) -> None:
+    backend.set_generation(1)
+    before, epoch = backend.policies, backend.epoch
+    for kind in (16, 17):
+        kernel.emit(m.message(kind, link(3, "xfrm")), protocol=0)
+    backend.drain()
+    assert backend.epoch != epoch
+    clear = evidence(mark=0, generation=1)
+    assert backend.resolve(replace(clear, after=before)).assurance is Assurance.UNKNOWN
+    assert backend.resolve(replace(clear, after=backend.policies)).assurance is Assurance.NONE
+
+
 async def test_addresses_change_the_epoch(kernel: FakeKernel, backend: XfrmBackend) -> None:
     assert backend.resolver.is_own(m.B)
     assert not backend.resolver.is_own(m.A)
