@@ -243,7 +243,7 @@ def _tally(counts: dict[_K, int], what: _K, step: int) -> None:
 class SAD(Index):
     """The living SAs."""
 
-    __slots__ = ("_compressing", "_bound", "_crowded", "_marked", "_set_marks", "_size")
+    __slots__ = ("_bound", "_compressing", "_crowded", "_marked", "_set_marks", "_size")
 
     def __init__(self) -> None:
         super().__init__()

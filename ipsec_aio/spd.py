@@ -13,8 +13,8 @@ Rules (net/xfrm/xfrm_policy.c):
 How old equals are is not certain: a dump does not tell, and kernels differ between policies for
 host pairs and others. :meth:`SPD.ties` therefore gives all that might be the first.
 
-What is found is what applies now. Whether it applied when a packet came, :meth:`SPD.stood` tells: by
-the number of changes at which the first ones were added, and by those of late that are gone.
+What is found is what applies now. Whether it applied when a packet came, :meth:`SPD.stood` tells:
+by the number of changes at which the first ones were added, and by those of late that are gone.
 """
 
 from __future__ import annotations

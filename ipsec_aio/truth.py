@@ -152,8 +152,9 @@ class TruthTable:
     def _stamped(self, evidence: Evidence) -> Finding:
         if evidence.mark:
             return self._by_spi(evidence)
-        if self._may_be_hidden(evidence):
-            return Finding(unknown("an xfrm interface may have hidden the security path"))
+        hidden = self._hidden(evidence)
+        if hidden:
+            return Finding(unknown(hidden))
         return Finding(CLEAR)
 
     def _by_spi(self, evidence: Evidence) -> Finding:
@@ -208,9 +209,13 @@ class TruthTable:
         """Whether an address may have been this host's when the packet came."""
         return evidence.after < self.links_until or self.is_own(address)
 
-    def _may_be_hidden(self, evidence: Evidence) -> bool:
-        """Whether the packet may have come through an interface that scrubs security paths."""
-        return self.opaque_interfaces or evidence.after < self.links_until
+    def _hidden(self, evidence: Evidence) -> str:
+        """Say how the packet may have come past policies, without its security path."""
+        if self.opaque_interfaces:
+            return "it may have come through an xfrm interface"
+        if evidence.after < self.links_until:
+            return "it may have arrived before interfaces and addresses were what they are"
+        return ""
 
     def _exact(self, records: list[Record], evidence: Evidence) -> Finding:
         if any(map(_is_merged, records)):
@@ -227,8 +232,9 @@ class TruthTable:
 
     def _enforced(self, template: Template, evidence: Evidence) -> Finding:
         self.mirror.additions_matter = True
-        if self._may_be_hidden(evidence):
-            return Finding(unknown("no socket policy checks what comes through an xfrm interface"))
+        hidden = self._hidden(evidence)
+        if hidden:
+            return Finding(unknown(hidden))
         records = self._admitted_under(template, evidence)
         if any(map(_is_merged, records)):
             return _MERGED
@@ -286,8 +292,9 @@ class TruthTable:
         """Return the policies that come first, or why it is not known which do."""
         mirror = self.mirror
         mirror.additions_matter = True
-        if self._may_be_hidden(evidence):
-            return unknown("it may have come through an xfrm interface")
+        hidden = self._hidden(evidence)
+        if hidden:
+            return unknown(hidden)
         # Of a connection only the handshake's mark can be read, of a datagram its own.
         if mirror.has_marked_inbound() and (
             evidence.mark is None or evidence.protocol != IPPROTO_UDP

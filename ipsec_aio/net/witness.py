@@ -147,7 +147,9 @@ class Witness:
         self._locate()
         self._generation = self._stamp()
         self._covered = covered or 0
-        self._emptied = self._after = after
+        # What evidence is after: as of now, and as it was when what is judged was received.
+        self._emptied: int = after
+        self._after: int = after
         if covered is None or after == NEVER:
             self._cover()
 
@@ -169,7 +171,11 @@ class Witness:
     def _cover(self) -> None:
         now = self._stamp(), self._backend.policies
         # In this order: what arrives after the queue was seen empty arrived after both.
-        if now != (self._covered, self._emptied) and not self._doubt and not is_readable(self._sock):
+        if (
+            now != (self._covered, self._emptied)
+            and not self._doubt
+            and not is_readable(self._sock)
+        ):
             self._covered, self._emptied = now
 
     def look(self) -> None:
@@ -205,7 +211,8 @@ class Witness:
             self._cover()
         if not self._port:
             self._locate()
-        self._settled = generation == covered and policies == emptied and self._port > 0
+        covers = generation == covered and policies == emptied
+        self._settled = bool(self._doubt) or (covers and self._port > 0)
 
     def welcome(self, evidence: Sequence[bytes]) -> tuple[list[Entry], int] | None:
         """Return sender and token of datagrams that a :class:`~.batch.Batch` has received.

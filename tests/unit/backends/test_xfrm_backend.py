@@ -259,7 +259,8 @@ async def test_an_address_that_went_may_have_sent_what_is_queued(
     kernel.emit(m.message(21, b""), protocol=0)
     backend.drain()
     assert backend.epoch != epoch
-    assert "itself" in repr(backend.resolve(replace(evidence(), after=before)))
+    queued = backend.resolve(replace(evidence(), after=before))
+    assert "addresses were what they are" in repr(queued)
     now = replace(evidence(), after=backend.policies)
     assert backend.resolve(now).assurance is Assurance.POLICY
     backend.drain()
@@ -851,9 +852,7 @@ class TestThreads:
     """Tokens may be read in any thread, whatever the loop's does meanwhile."""
 
     ADDED = tuple(m.message(m.NEWSA, gcm(spi=0x77) + m.if_id(n + 1)) for n in range(50))
-    GONE = tuple(
-        m.message(m.DELSA, m.sa_id(spi=0x77) + m.if_id(n + 1)) for n in range(len(ADDED))
-    )
+    GONE = tuple(m.message(m.DELSA, m.sa_id(spi=0x77) + m.if_id(n + 1)) for n in range(len(ADDED)))
 
     def happen(self, backend: XfrmBackend, kernel: FakeKernel) -> list[PToken]:
         """Have SAs come and go, asked for and told of; return tokens that rest on them."""

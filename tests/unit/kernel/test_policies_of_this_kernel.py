@@ -291,5 +291,5 @@ async def test_who_waited_to_be_accepted_before_a_policy(
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
