@@ -75,10 +75,10 @@ class TruthTable:
 
     * ``generation``: the stamp's, 0 while there is none that was verified;
     * ``opaque_interfaces``: whether the namespace has interfaces (xfrm, vti) that may have
-      scrubbed a security path, and ``opaque_until``, the mirror's ``changes`` when the last one
+      scrubbed a security path;
+    * ``is_own``: whether an address is this host's;
+    * ``links_until``: the mirror's ``changes`` when such an interface, or such an address, last
       went;
-    * ``is_own``: whether an address is this host's, and ``own_until``, as above when one went that
-      was;
     * ``identified``: whether anybody may know who is at the ends of an SA; only then what an
       inference rests on is worked out;
     * ``lookup_missing``: asks for one SA at once, and puts what is found into the mirror. True:
@@ -89,7 +89,7 @@ class TruthTable:
         self.mirror = mirror
         self.generation = 0
         self.opaque_interfaces = False
-        self.opaque_until = self.own_until = NEVER
+        self.links_until = NEVER
         self.identified = False
         self.is_own: Callable[[bytes], bool] = _nobody
         self.lookup_missing: Callable[[SAKey], bool] = _no_answer
@@ -120,19 +120,19 @@ class TruthTable:
     def judge_again(self, evidence: Evidence, deadline: float, now: float) -> Finding:
         """Return what is found for evidence that was MISSING, asking nobody.
 
-        Past the deadline it is final, and what came to be known after it does not count.
+        Past the deadline it is final. What came to be known after that proves nothing, but may
+        have been its SA all the same; and a removed one was not it for sure, or there had been no
+        need to wait.
         """
         doubts = self._doubts(evidence)
         if doubts is not None:
             return Finding(doubts)
         living = self._possible(self.mirror.sad, evidence)
         buried = self._possible(self.mirror.graveyard, evidence)
-        if now > deadline:
-            known = [r for r in (*living, *buried) if r.added <= deadline]
-            if _any_fits(known, evidence):
-                return self._exact(known, evidence)
-            return Finding(unknown("its SA never came to be known"))
-        return self._exact([*living, *buried], evidence) if _any_fits(living, evidence) else MISSING
+        known = [record for record in living if record.added <= deadline]
+        if _any_fits(known, evidence):
+            return self._exact([*living, *buried], evidence)
+        return Finding(unknown("its SA never came to be known")) if now > deadline else MISSING
 
     def _doubts(self, evidence: Evidence) -> Verdict | None:
         if evidence.doubt:
@@ -152,8 +152,9 @@ class TruthTable:
     def _stamped(self, evidence: Evidence) -> Finding:
         if evidence.mark:
             return self._by_spi(evidence)
-        if self._may_be_hidden(evidence):
-            return Finding(unknown("an xfrm interface may have hidden the security path"))
+        hidden = self._hidden(evidence)
+        if hidden:
+            return Finding(unknown(hidden))
         return Finding(CLEAR)
 
     def _by_spi(self, evidence: Evidence) -> Finding:
@@ -206,11 +207,15 @@ class TruthTable:
 
     def _was_own(self, address: bytes, evidence: Evidence) -> bool:
         """Whether an address may have been this host's when the packet came."""
-        return evidence.after < self.own_until or self.is_own(address)
+        return evidence.after < self.links_until or self.is_own(address)
 
-    def _may_be_hidden(self, evidence: Evidence) -> bool:
-        """Whether the packet may have come through an interface that scrubs security paths."""
-        return self.opaque_interfaces or evidence.after < self.opaque_until
+    def _hidden(self, evidence: Evidence) -> str:
+        """Say how the packet may have come past policies, without its security path."""
+        if self.opaque_interfaces:
+            return "it may have come through an xfrm interface"
+        if evidence.after < self.links_until:
+            return "it may have arrived before interfaces and addresses were what they are"
+        return ""
 
     def _exact(self, records: list[Record], evidence: Evidence) -> Finding:
         if any(map(_is_merged, records)):
@@ -227,8 +232,9 @@ class TruthTable:
 
     def _enforced(self, template: Template, evidence: Evidence) -> Finding:
         self.mirror.additions_matter = True
-        if self._may_be_hidden(evidence):
-            return Finding(unknown("no socket policy checks what comes through an xfrm interface"))
+        hidden = self._hidden(evidence)
+        if hidden:
+            return Finding(unknown(hidden))
         records = self._admitted_under(template, evidence)
         if any(map(_is_merged, records)):
             return _MERGED
@@ -286,8 +292,9 @@ class TruthTable:
         """Return the policies that come first, or why it is not known which do."""
         mirror = self.mirror
         mirror.additions_matter = True
-        if self._may_be_hidden(evidence):
-            return unknown("it may have come through an xfrm interface")
+        hidden = self._hidden(evidence)
+        if hidden:
+            return unknown(hidden)
         # Of a connection only the handshake's mark can be read, of a datagram its own.
         if mirror.has_marked_inbound() and (
             evidence.mark is None or evidence.protocol != IPPROTO_UDP
@@ -348,16 +355,19 @@ class TruthTable:
         )
 
     def _under(self, template: Template, evidence: Evidence) -> Protection:
-        sad = self.mirror.sad
         tunnel = template.mode in TUNNELS
-        if not tunnel:
-            records = sad.transports(evidence.peer, evidence.local)
-        elif any(template.source):
-            records = sad.tunnels(template.source)
-        else:
-            records = sad.admitting(evidence.peer, evidence.local)
+
+        def candidates(index: Index) -> Iterable[Record]:
+            if not tunnel:
+                return index.transports(evidence.peer, evidence.local)
+            if any(template.source):
+                return index.tunnels(template.source)
+            return index.admitting(evidence.peer, evidence.local)
+
         found = [
-            _derived(r) for r in records if _meets(r.sa, template) and _carries(r.sa, evidence)
+            _derived(r)
+            for r in chain(candidates(self.mirror.sad), candidates(self.mirror.graveyard))
+            if _meets(r.sa, template) and _carries(r.sa, evidence)
         ]
         return weakest(found) if found else UNKNOWN._replace(tunnel=tunnel)
 

@@ -147,7 +147,7 @@ class TableBackend(Backend):
             if opaque != self.resolver.opaque_interfaces:
                 self.resolver.opaque_interfaces = opaque
                 if not opaque:
-                    self.resolver.opaque_until = self.mirror.count_change()
+                    self.resolver.links_until = self.mirror.count_change()
                 self.mirror.bump()
                 self.changed()
 

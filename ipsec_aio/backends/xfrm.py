@@ -240,8 +240,8 @@ class XfrmBackend(TableBackend):
             return
         changes, losses = sockets.links.changes, sockets.links.losses
         if losses != self._link_losses:
-            self.resolver.own_until = self.mirror.count_change()
-        if changes != self._link_changes:
+            self.resolver.links_until = self.mirror.count_change()
+        if (changes, losses) != (self._link_changes, self._link_losses):
             self._marks_matter = True
             self.mirror.bump()
         self._link_changes, self._link_losses = changes, losses
@@ -311,7 +311,7 @@ class XfrmBackend(TableBackend):
             if self._lost or not self.mirror.finish_resync(self.clock()):
                 raise BackendOverrun(errno.ENOBUFS, "events were lost while the tables were read")
             # Nobody told of what went meanwhile.
-            self.resolver.opaque_until = self.resolver.own_until = self.mirror.changes
+            self.resolver.links_until = self.mirror.changes
             self._look_at_links()
             self._look_at_marks()
             self.changed()

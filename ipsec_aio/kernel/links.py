@@ -28,8 +28,8 @@ _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errn
 class Links:
     """The interfaces and addresses of the namespace in which this was built.
 
-    ``changes`` counts the addresses that came or went, ``losses`` those that went. Needs no
-    privilege. Raises OSError where there is no rtnetlink.
+    ``changes`` counts the addresses that came or went, ``losses`` those that went, and opaque
+    interfaces too. Needs no privilege. Raises OSError where there is no rtnetlink.
     """
 
     def __init__(self, *, factory: SocketFactory = socket.socket) -> None:
@@ -128,6 +128,7 @@ class Links:
         if link is None:
             return
         if link.gone:
+            self.losses += link.ifindex in self._opaque
             self._opaque.discard(link.ifindex)
         elif link.kind in _OPAQUE_KINDS:
             self._opaque.add(link.ifindex)

@@ -148,6 +148,7 @@ class Witness:
         self._locate()
         self._generation = self._stamp()
         self._covered = covered or 0
+        # What evidence is after: as of now, and as it was when what is judged was received.
         self._emptied: int = after
         self._after: int = after
         if covered is None or after == NEVER:
@@ -211,7 +212,8 @@ class Witness:
             self._cover()
         if not self._port:
             self._locate()
-        self._settled = generation == covered and policies == emptied and self._port > 0
+        covers = generation == covered and policies == emptied
+        self._settled = bool(self._doubt) or (covers and self._port > 0)
 
     def welcome(self, evidence: Sequence[bytes]) -> tuple[list[Entry], int] | None:
         """Return sender and token of datagrams that a :class:`~.batch.Batch` has received.

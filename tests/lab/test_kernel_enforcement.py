@@ -641,7 +641,6 @@ async def test_when_all_policies_go_the_connection_does_not_go_on_in_clear(
     protect(alice, bob)
     with sniffing(alice, PORT) as seen, alice.listener(PORT) as listener:
         async with opened(trust_policy=True) as backend:
-            await asyncio.sleep(1.1)  # POLICY vouches after a second
             connecting = loop.create_task(
                 ipsec_aio.create_connection(
                     Peer, alice.v4, PORT, backend=backend, require=ENCRYPTED, enforce=choice

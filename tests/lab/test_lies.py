@@ -23,8 +23,10 @@ from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.kernel import stamp_table
 from ipsec_aio.kernel.nfnetlink import NftSocket
 from ipsec_aio.kernel.stamp_marks import MarkUsers
+from ipsec_aio.mirror import Mirror
 from ipsec_aio.net import listening, witness
 from ipsec_aio.sa import IPPROTO_ESP
+from ipsec_aio.spd import SPD
 from ipsec_aio.truth import TruthTable
 
 PORT, OTHER_PORT = 5000, 6000
@@ -340,7 +342,6 @@ async def test_policies_are_inference(bob: Host, alice: Host, monkeypatch, guard
     """The guard: what is known by policy alone is not protected, unless trust_policy says so."""
     pair = protect(alice, bob, policies=False)
     pair.demand(bob, selector=f"proto udp dport {PORT}")
-    monkeypatch.setattr("ipsec_aio.mirror.POLICY_AGE", 0.0)
     with bob.udp(PORT) as server, alice.udp() as client:
         await refused(bob, lambda: client.sendto(b"clear", (bob.v4, PORT)))
         with pytest.raises(BlockingIOError):
@@ -570,8 +571,7 @@ async def test_a_send_to_the_own_address_of_an_xfrm_interface(
     pair = protect(alice, bob, mode="tunnel", policies=False)
     bob.interface("ipsec0", 7)
     bob.ip(f"addr add {XFRM_ADDRESS}/32 dev ipsec0")
-    bob.ip("xfrm policy add dir in dev ipsec0 tmpl proto esp reqid 1 mode tunnel")
-    monkeypatch.setattr("ipsec_aio.mirror.POLICY_AGE", 0.0)
+    bob.ip("xfrm policy add dir in tmpl proto esp reqid 1 mode tunnel")
     if guards < 2:
         opaque = property(lambda table: False, lambda table, value: None)
         monkeypatch.setattr(TruthTable, "opaque_interfaces", opaque, raising=False)
@@ -586,6 +586,56 @@ async def test_a_send_to_the_own_address_of_an_xfrm_interface(
         assert ptoken.assurance is (Assurance.UNKNOWN if guards else Assurance.POLICY)
         reasons = ("", "what this host sends to itself", "through an xfrm interface")
         assert reasons[guards] in ptoken.information_string
+    assert pair.packets(bob) == 0
+
+
+@GUARDED
+@pytest.mark.parametrize("change", ["added", "bypass removed"])
+async def test_what_was_queued_when_a_policy_came_into_force(
+    bob: Host, alice: Host, monkeypatch, guarded, change
+):
+    """Clear datagrams wait, and the policy that is asked about them was not the first then."""
+    pair = protect(alice, bob, policies=False)
+    bypass = f"src {alice.v4} dst {bob.v4} proto udp dir in"
+    if change == "bypass removed":
+        pair.demand(bob, more="priority 20")
+        bob.ip(f"xfrm policy add {bypass} priority 10")
+    if not guarded:
+        monkeypatch.setattr(SPD, "stood", lambda *_: True)
+    async with serving((bob.v4, PORT), stamp="off", trust_policy=True) as sink:
+        with alice.udp() as client:
+            for _ in range(100):
+                client.sendto(b"clear", (bob.v4, PORT))
+            if change == "added":
+                pair.demand(bob)
+            else:
+                bob.ip(f"xfrm policy delete {bypass}")
+            await refused(bob, lambda: client.sendto(b"clear", (bob.v4, PORT)))
+            for _ in range(100):
+                ptoken = await sink.next(b"clear", alice.v4)
+                assert ptoken.protected is not guarded
+        alice.ip(pair.policies("add", alice)[1])
+        with alice.udp() as client:
+            client.sendto(b"sealed", (bob.v4, PORT))
+            assert (await sink.next(b"sealed", alice.v4)).protected
+    assert pair.packets(bob) == 1
+
+
+@GUARDED
+async def test_a_policy_for_the_interface_that_it_came_in_by(
+    bob: Host, alice: Host, monkeypatch, guarded
+):
+    """The kernel compares the route's device, lo, and lets it in."""
+    pair = protect(alice, bob, policies=False)
+    pair.demand(bob, selector="dev eth0")
+    if not guarded:
+        monkeypatch.setattr(Mirror, "names_interface_inbound", lambda _: False)
+    async with serving(("0.0.0.0", PORT), stamp="off", trust_policy=True) as sink:
+        with alice.udp() as client:
+            client.sendto(b"clear", (bob.v4, PORT))
+            ptoken = await sink.next(b"clear", alice.v4)
+    assert ptoken.assurance is (Assurance.UNKNOWN if guarded else Assurance.POLICY)
+    assert ptoken.protected is not guarded
     assert pair.packets(bob) == 0
 
 

@@ -360,13 +360,30 @@ def test_what_came_after_the_deadline_does_not_count():
     assert (again.assurance, again is MISSING.verdict) == (UNKNOWN, False)
 
 
-def test_at_the_deadline_a_tombstone_speaks():
+def test_at_the_deadline_a_tombstone_does_not_speak_alone():
+    """It waited because nobody could say whether the number was in use again: it may have been."""
     bench = Bench(esp())
     bench.remove(esp())
+    bench.answer = None
     evidence, deadline = seen(0x1001), bench.now + 2
+    assert bench.judge(evidence) is MISSING.verdict
     assert bench.table.judge_again(evidence, deadline, bench.now) is MISSING
     bench.wait(2.1)
-    assert bench.table.judge_again(evidence, deadline, bench.now).verdict.assurance is EXACT
+    assert bench.table.judge_again(evidence, deadline, bench.now).verdict.assurance is UNKNOWN
+    bench.tell(null())
+    assert bench.table.judge_again(evidence, deadline, bench.now).verdict.assurance is UNKNOWN
+
+
+def test_what_is_known_at_the_deadline_is_as_weak_as_what_comes_later():
+    bench = Bench()
+    bench.answer = None
+    evidence, deadline = seen(0x1001), bench.now + 2
+    assert bench.judge(evidence) is MISSING.verdict
+    bench.tell(esp())
+    bench.wait(3)
+    bench.tell(null(mark=Mark(1, 1)))
+    p = bench.table.judge_again(evidence, deadline, bench.now).verdict.protection
+    assert (p.privacy, p.integrity) == (False, True)
     bench.mirror.begin_resync(bench.now)
     assert bench.table.judge_again(evidence, deadline, bench.now).verdict.assurance is UNKNOWN
 
@@ -412,6 +429,16 @@ def test_what_a_bypass_let_in_is_not_lent_the_policy_behind_it():
     assert bench(inferred(after=bench.mirror.changes)) is POLICY
 
 
+def test_properties_are_those_of_what_may_have_been_queued_too():
+    bench = Bench(protect(), null())
+    bench.remove(null())
+    bench.tell(esp(0x1002))
+    p = bench.judge(inferred()).protection
+    assert (p.privacy, p.integrity) == (False, True)
+    bench.wait(TOMBSTONE_SECONDS)
+    assert bench.judge(inferred()).protection.privacy is True
+
+
 def test_nor_what_a_policy_let_in_that_is_gone_called_clear():
     bench = Bench(protect())
     queued = inferred(after=bench.mirror.changes)
@@ -452,7 +479,7 @@ def test_an_interface_that_went_may_have_hidden_what_is_queued(enforced):
     bench.table.opaque_interfaces = True
     bench.mirror.count_change()
     bench.table.opaque_interfaces = False
-    bench.table.opaque_until = bench.mirror.count_change()
+    bench.table.links_until = bench.mirror.count_change()
     queued = [seen(0, **fields), inferred(**fields)]
     assert [bench(each) for each in queued] == [UNKNOWN, UNKNOWN]
     assert bench(seen(0x1001, **fields)) is EXACT
@@ -464,7 +491,7 @@ def test_an_interface_that_went_may_have_hidden_what_is_queued(enforced):
 def test_an_address_that_went_may_have_been_the_sender_s():
     bench = Bench(protect(), esp(), comp(destination=OTHER))
     after = bench.mirror.changes
-    bench.table.own_until = bench.mirror.count_change()
+    bench.table.links_until = bench.mirror.count_change()
     assert bench(inferred(after=after)) is UNKNOWN
     assert bench(inferred(after=bench.mirror.changes)) is POLICY
     assert bench.judge(seen(0x1001, after=after)).protection.integrity is False
@@ -473,7 +500,7 @@ def test_an_address_that_went_may_have_been_the_sender_s():
     bench = Bench(tunnel(), away)
     bench.table.is_own = {GATE, LOCAL}.__contains__
     assert bench.judge(seen(0x1001)).protection.privacy is True
-    bench.table.own_until = NOW + 1
+    bench.table.links_until = NOW + 1
     assert bench.judge(seen(0x1001)).protection.privacy is False
 
 

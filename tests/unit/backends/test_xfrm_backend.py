@@ -268,6 +268,20 @@ async def test_interfaces_make_the_stamp_opaque(kernel: FakeKernel, backend: Xfr
     assert backend.resolve(replace(clear, after=backend.policies)).assurance is Assurance.NONE
 
 
+async def test_an_interface_that_came_and_went_between_two_looks(
+    kernel: FakeKernel, backend: XfrmBackend
+) -> None:
+    backend.set_generation(1)
+    before, epoch = backend.policies, backend.epoch
+    for kind in (16, 17):
+        kernel.emit(m.message(kind, link(3, "xfrm")), protocol=0)
+    backend.drain()
+    assert backend.epoch != epoch
+    clear = evidence(mark=0, generation=1)
+    assert backend.resolve(replace(clear, after=before)).assurance is Assurance.UNKNOWN
+    assert backend.resolve(replace(clear, after=backend.policies)).assurance is Assurance.NONE
+
+
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 async def test_addresses_change_the_epoch(
     kernel: FakeKernel, backend: XfrmBackend, family: int
@@ -292,7 +306,8 @@ async def test_an_address_that_went_may_have_sent_what_is_queued(
     kernel.emit(m.message(21, bytes([socket.AF_INET]) + bytes(7)), protocol=0)
     backend.drain()
     assert backend.epoch != epoch
-    assert "itself" in repr(backend.resolve(replace(evidence(), after=before)))
+    queued = backend.resolve(replace(evidence(), after=before))
+    assert "addresses were what they are" in repr(queued)
     now = replace(evidence(), after=backend.policies)
     assert backend.resolve(now).assurance is Assurance.POLICY
     backend.drain()

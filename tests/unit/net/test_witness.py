@@ -13,7 +13,7 @@ import ipsec_aio
 from ipsec_aio.backends.contract import Registration
 from ipsec_aio.enums import Mode
 from ipsec_aio.evidence import Evidence
-from ipsec_aio.kernel.sockopts import netns_cookie
+from ipsec_aio.kernel.sockopts import is_readable, netns_cookie
 from ipsec_aio.net.enforce import Enforcement
 from ipsec_aio.net.witness import Witness
 from ipsec_aio.policy import Template
@@ -143,6 +143,38 @@ def test_a_queue_seen_empty_vouches_for_what_comes_later_only() -> None:
         # Received before the queue was seen empty, judged before, too.
         assert doubt() == "it may have arrived before the stamp was in place"
         assert doubt() == ""
+
+
+def test_what_a_closed_socket_holds_is_in_doubt() -> None:
+    backend = Asked()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        assert not is_readable(sock)
+        witness = Witness(sock, backend)
+        before = backend.policies
+    assert is_readable(sock)
+    backend.add_policy()
+    for _ in range(2):
+        witness.look()
+        witness.judge(("127.0.0.1", 1), [], 0)
+        assert backend.last.after == before < backend.policies
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_waits_to_be_accepted_is_readable(closed: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert not is_readable(listening)
+        with socket.create_connection(listening.getsockname()):
+            assert is_readable(listening)
+            listening.accept()[0].close()
+            assert not is_readable(listening)
+    number = listening.fileno()
+
+    class Stale:
+        def fileno(self) -> int:
+            return number if closed else 1 << 20
+
+    assert is_readable(Stale())
 
 
 def test_a_socket_of_another_namespace_is_told_by_its_cookie(
