@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from statistics import median
 from typing import Any
 
 import pytest
+import test_identities as peers
 from charon import Charon, connect
 from hosts import GCM, PATIENCE, Host, Pair, Suite, eventually, protect
+from test_identities import ALICE, BOB, DORA, Lab, end, key
 
 import ipsec_aio
-from ipsec_aio import Assurance, Latch, LatchReason, LatchState, Require
+from ipsec_aio import (
+    Assurance,
+    AuthenticationMethod,
+    Latch,
+    LatchReason,
+    LatchState,
+    Require,
+)
 
 PORT = 5000
 REQID, FOREIGN = 71, 72
 PAUSE = Latch(on_break="pause")
 SHORT = Suite("gcm-64", "esp", GCM.words.replace(" 128", " 64"), private=True, intact=True)
-BOUND = 0.1
-"""Seconds from the kernel's event to the callback, at the median: on an emulated processor that
-others use, too, a single one waits for that.
+TIMES, BOUND, LARGEST = 10, 0.1, 0.3
+"""How often it is measured how many seconds pass from the kernel's event to the callback, how many
+may in nine cases of ten, and in the worst: on an emulated processor that others use, too, a single
+one waits for that.
 """
 REKEYS, SPIS = 1000, 0x10000
 
@@ -44,6 +53,9 @@ scenarios = pytest.mark.parametrize(
     SCENARIOS,
     ids=[f"{m}-{'mapped' if (f, b) == (4, '::') else f'v{f}'}" for m, f, b in SCENARIOS],
 )
+
+
+daemons, lab = peers.daemons, peers.lab
 
 
 class Echo(ipsec_aio.Protocol):
@@ -97,6 +109,7 @@ async def latched(
     bound: str = "0.0.0.0",
     latch: Latch | None = PAUSE,
     stamp: str = "install",
+    vici: str | None = None,
     **options: Any,
 ) -> AsyncIterator[tuple[Echo, socket.socket, ipsec_aio.PToken]]:
     """A latched connection from alice: the server's end, hers, and its token."""
@@ -109,7 +122,9 @@ async def latched(
         return made[-1]
 
     async with (
-        ipsec_aio.open_backend("xfrm", stamp=stamp) as backend,
+        ipsec_aio.open_backend(
+            "xfrm" if vici is None else "xfrm+vici", vici=vici, stamp=stamp
+        ) as backend,
         await ipsec_aio.create_server(
             factory, sock=listening(bound), backend=backend, latch=latch, **options
         ),
@@ -158,30 +173,34 @@ def keyed(alice: Host, bob: Host, mode: str = "transport", family: int = 4) -> P
     return pair
 
 
+# Says when the kernel told of an SA: a process of its own, which the loop's does not hold up.
+MONITOR = """
+import socket, time
+monitor = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6)
+monitor.bind((0, 1 << 2))  # XFRMNLGRP_SA
+print(flush=True)
+while monitor.recv(65536):
+    print(time.monotonic(), flush=True)
+"""
+
+
 @contextmanager
-def kernel_events() -> Iterator[list[tuple[float, int]]]:
-    """Note when the kernel told of an SA, and what kind of message it was, by a thread."""
-    events: list[tuple[float, int]] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6) as monitor:
-        monitor.bind((0, 1 << 2))  # XFRMNLGRP_SA
-        stop = threading.Event()
+def kernel_events() -> Iterator[Callable[[], Awaitable[float]]]:
+    """Gives what waits for the next time (of CLOCK_MONOTONIC) at which the kernel told of an SA."""
+    words = [sys.executable, "-c", MONITOR]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as monitor:
+        assert monitor.stdout is not None
+        line = monitor.stdout.readline
 
-        def watch() -> None:
-            while not stop.is_set():
-                try:
-                    message = monitor.recv(65536)
-                except TimeoutError:
-                    continue
-                events.append((time.monotonic(), struct.unpack_from("=IH", message)[1]))
+        async def told() -> float:
+            async with asyncio.timeout(PATIENCE):
+                return float(await asyncio.to_thread(line))
 
-        monitor.settimeout(0.5)
-        thread = threading.Thread(target=watch)
-        thread.start()
         try:
-            yield events
+            line()
+            yield told
         finally:
-            stop.set()
-            thread.join()
+            monitor.kill()
 
 
 @scenarios
@@ -245,31 +264,33 @@ async def test_the_latch_keeps_clear_segments_off_without_the_stamp(bob: Host, a
         assert await answer(client) == b"in clear"
 
 
-async def test_breaks_and_restores_are_told_at_once(bob: Host, alice: Host) -> None:
+async def test_breaks_and_restores_are_told_at_once(
+    bob: Host, alice: Host, record_property: Callable[..., None]
+) -> None:
     pair = protect(alice, bob, reqid=REQID)
     delays: dict[str, list[float]] = {"broken": [], "restored": []}
     async with latched(pair) as (echo, client, _):
-        with kernel_events() as events:
-            for _ in range(10):
+        with kernel_events() as event:
+            for _ in range(TIMES):
                 into_bob, _ = pair.states("add")
                 for what, line in (
                     ("broken", pair.states("delete")[0]),
                     ("restored", into_bob),
                 ):
-                    del events[:]
                     await elsewhere(bob, line)
                     told, detail = await echo.next(what)
                     assert detail in (None, LatchReason.LOST)
-                    await eventually(lambda: len(events) > 0)
-                    delays[what].append(told - events[0][0])
+                    delays[what].append(told - await event())
         for what, found in delays.items():
-            print(
-                f"LATCH {what}: median {median(found) * 1000:.1f} ms, "
-                f"largest {max(found) * 1000:.1f} ms of {len(found)}"
-            )
+            found.sort()
+            text = ", ".join(f"{each * 1000:.1f}" for each in found)
+            print(f"LATCH {what}: median {median(found) * 1000:.1f} ms of {text}")
+            record_property(what, text)
         await ask(client, b"after all")
-        assert echo.status.breaks == 10
-    assert max(median(found) for found in delays.values()) <= BOUND
+        assert echo.status.breaks == TIMES
+    for found in delays.values():
+        assert found[TIMES * 9 // 10 - 1] <= BOUND
+        assert found[-1] <= LARGEST
 
 
 async def test_a_weaker_rekey_breaks_and_nothing_passes(bob: Host, alice: Host) -> None:
@@ -372,3 +393,55 @@ async def test_what_ike_does_to_it(bob: Host, alice: Host) -> None:
             await echo.next("restored")
             assert await answer(client) == b"by a third"
             assert echo.transport.get_extra_info("ptoken") is token
+
+
+async def test_with_whom_it_is_stays_what_it_was(lab: Lab, bob: Host, alice: Host) -> None:
+    """She was there before the program, so how she proved herself is known once she does so anew.
+    Another peer behind her address, with the same selectors and reqid, is another.
+    """
+    await key(lab.alice)
+    pair = Pair(alice, bob, GCM)
+    async with latched(pair, vici=lab.bob.uri) as (echo, client, token):
+
+        async def passes() -> None:
+            assert echo.status.state is LatchState.ESTABLISHED
+            assert str(echo.status.parameters.peer) == ALICE
+            assert str(echo.status.parameters.local) == BOB
+            await ask(client, b"still")
+
+        assert str(token.peer) == ALICE
+        assert echo.status.parameters.peer.authentication_method is None
+        await passes()
+        for words in (("--child", "net"), ("--ike", "psk")):
+            first = token.sas[-1].spi
+            await asyncio.to_thread(lab.alice.swanctl, "--rekey", *words)
+            if "--child" in words:
+                await eventually(lambda: first not in {each.spi for each in token.sas})  # noqa: B023
+            await passes()
+        assert echo.said.empty()
+        assert echo.status.breaks == 0
+
+        # Here the old SAs go first, and the policies with them.
+        await asyncio.to_thread(lab.alice.swanctl, "--rekey", "--ike", "psk", "--reauth")
+        _, reason = await echo.next("broken")
+        assert reason in (LatchReason.LOST, LatchReason.POLICY)
+        await echo.next("restored")
+        await passes()
+        proof = AuthenticationMethod.PRESHAREDKEY
+        assert echo.status.parameters.peer.authentication_method is proof
+        await asyncio.to_thread(lab.bob.swanctl, "--load-conns")
+        await asyncio.to_thread(lab.alice.swanctl, "--rekey", "--ike", "psk", "--reauth")
+        _, reason = await echo.next("broken")
+        assert reason in (LatchReason.LOST, LatchReason.POLICY)
+        await echo.next("restored")
+        await passes()
+
+        await key(lab.alice, "dora")
+        _, reason = await echo.next("broken")
+        assert reason is LatchReason.PEER
+        assert str(echo.status.parameters.peer) == ALICE
+        await end(lab.alice, "dora")
+        await echo.next("restored")
+        await passes()
+        assert str(token.peer) == ALICE
+    assert DORA not in repr(token)
