@@ -164,7 +164,7 @@ async def create_server(
         require,
         deadline,
         listener,
-        tls=bool(options.get("ssl")),
+        options.get("ssl"),
     )
     made = await cast("Any", loop.create_server)(
         accepting, host, port, start_serving=False, **options
@@ -527,8 +527,7 @@ class _Accepting:
         require: Require | None,
         deadline: float,
         latch: ListenerLatch | None,
-        *,
-        tls: bool,
+        tls: object,
     ) -> None:
         self._tls = tls
         self.latch = latch
