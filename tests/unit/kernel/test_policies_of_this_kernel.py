@@ -37,8 +37,10 @@ link set lo up
 link add v0 type veth peer name v1 netns {peer}
 addr add 192.0.2.1/24 dev v0
 addr add 2001:db8::1/64 dev v0 nodad
+link set v0 address 02:00:00:00:00:01
 link set v0 up
 """
+# Permanent neighbours: random policies block the search for them, too.
 PEER_SETUP = """
 addr add 192.0.2.2/24 dev v1
 addr add 192.0.2.3/24 dev v1
@@ -46,6 +48,8 @@ addr add 2001:db8::2/64 dev v1 nodad
 addr add 2001:db8::3/64 dev v1 nodad
 link set v1 address 02:00:00:00:00:02
 link set v1 up
+neigh add 192.0.2.1 lladdr 02:00:00:00:00:01 dev v1 nud permanent
+neigh add 2001:db8::1 lladdr 02:00:00:00:00:01 dev v1 nud permanent
 """
 
 
