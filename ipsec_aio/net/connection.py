@@ -443,9 +443,10 @@ class Connection:
             if token.assurance is not Assurance.UNKNOWN:
                 self._first = token
         elif _claims_more(token, first):
-            if current is not None and not _claims_more(current, token):
-                return  # what it says still holds
-            # Nor would it still be true that all of it is clear.
+            # That all of it is clear would no longer be true; what else it says may still hold.
+            clear = current is None or current.assurance is Assurance.NONE
+            if current is not None and not (clear or _claims_more(current, token)):
+                return
             token = self.judge.resolve(replace(evidence, doubt="it began as something else"))
         self._replace(token)
 
@@ -657,7 +658,6 @@ def _claims_more(one: PToken, other: PToken) -> bool:
         return False
     return (
         one.assurance > other.assurance
-        or (one.assurance is Assurance.NONE) != (other.assurance is Assurance.NONE)
         or (one.protected and not other.protected)
         or (one.privacy_protected is True and other.privacy_protected is not True)
         or (one.integrity_protected is True and other.integrity_protected is not True)

@@ -759,3 +759,30 @@ async def test_a_tunnels_latch_keeps_no_fragments_off(policies: Policies) -> Non
         assert not connection.is_kept_clean
         backend.drops_fragments = True
         assert connection.is_kept_clean
+
+
+async def test_a_connection_is_given_no_name_that_it_did_not_begin_with(
+    policies: Policies,
+) -> None:
+    """Two SAs fit when it begins; that one of them goes does not make it the other's."""
+    backend = KernelBackend()
+    backend.add_policy(dst=HOST, src="127.0.0.0/8")
+    alice = backend.add_sa(src=OTHER, dst=HOST, peer="alice@example.org")
+    backend.add_sa(src="127.0.0.30", dst=HOST, peer="bob@example.org")
+    protocol = Tokened()
+    async with (
+        serving(lambda: protocol, backend, require=ENCRYPTED) as server,
+        connected(port_of(server), source=OTHER),
+    ):
+        [(token, _)] = await protocol.log.until("made")
+        assert token.assurance is Assurance.ENFORCED
+        assert token.peer is None
+        now = backend.clock() + 20
+        backend.clock = backend.resolver.clock = lambda: now
+        backend.delete_sa(alice)
+        now += 20
+        backend.drain()
+        await seen()
+        later = protocol.transport.get_extra_info("ptoken")
+        assert later.peer is None
+        assert later is token
