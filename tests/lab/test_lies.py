@@ -85,7 +85,7 @@ async def test_what_was_queued_before_the_stamp(bob: Host, alice: Host, monkeypa
     pair = protect(alice, bob, policies=False)
     mark = mark_of(pair.spi(bob))
     if not guarded:  # as if there were nothing in the queue
-        monkeypatch.setattr(witness, "_is_readable", lambda sock: False)
+        monkeypatch.setattr(witness, "is_readable", lambda sock: False)
     with bob.udp(PORT) as sock:
         forge(bob, alice.v4, bob.v4, mark, b"early")
         async with serving(sock) as sink:
