@@ -32,8 +32,8 @@ class Oracle(ipsec_aio.DatagramProtocol):
             print(f"{addr[0]}: not answered: {error.reason}", flush=True)
 
 
-async def serve(host: str, port: int, spec: str) -> None:
-    async with ipsec_aio.open_backend(spec, stamp="install") as backend:
+async def serve(host: str, port: int, spec: str, vici: str | None) -> None:
+    async with ipsec_aio.open_backend(spec, vici=vici, stamp="install") as backend:
         transport, _ = await ipsec_aio.create_datagram_endpoint(
             Oracle, local_addr=(host, port), backend=backend
         )
@@ -48,7 +48,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A server whose replies stay in the channel.")
     parser.add_argument("--host", default="0.0.0.0")
     parser.add_argument("--port", type=int, default=5000)
-    parser.add_argument("--backend", default="xfrm", help='"xfrm" or "memory:FILE.toml"')
-    arguments = parser.parse_args()
+    parser.add_argument("--backend", default="xfrm", help='"xfrm", "xfrm+vici", "memory:FILE.toml"')
+    parser.add_argument("--vici", help="charon's socket, as unix:///run/charon.vici")
+    given = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(arguments.host, arguments.port, arguments.backend))
+        asyncio.run(serve(given.host, given.port, given.backend, given.vici))

@@ -36,10 +36,12 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fcntl import ioctl
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -556,9 +558,12 @@ def lenient(
     mode: str = "transport",
     family: int = 4,
     extra: str = "",
+    reqid: int = 7,
 ) -> Pair:
     """Key two hosts so that ``one`` sends protected and ``two`` demands nothing of what he gets."""
-    pair = protect(one, two, suite, mode=mode, family=family, policies=False, reqid=7, extra=extra)
+    pair = protect(
+        one, two, suite, mode=mode, family=family, policies=False, reqid=reqid, extra=extra
+    )
     pair.demand(one)
     two.ip(pair.policies("add", two, level="use")[0], pair.policies("add", two)[1])
     return pair
@@ -608,6 +613,61 @@ def sniffing(host: Host, port: int, proto: int = socket.IPPROTO_TCP) -> Iterator
                     continue
                 if port.to_bytes(2, "big") in (data[20:22], data[22:24]):
                     seen.append(data)
+
+
+# -- marks ---------------------------------------------------------------------------------
+
+_SO_MARK = 36
+_IP_TRANSPARENT = 19
+
+
+def mark_of(spi: int) -> int:
+    """The mark that stands for an SPI."""
+    return int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
+
+
+def set_mark(sock: socket.socket, mark: int) -> None:
+    """Have what a socket sends carry a mark (SO_MARK)."""
+    sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark.to_bytes(4, sys.byteorder))
+
+
+def forger(host: Host, source: str, mark: int) -> socket.socket:
+    """Return an IPv4 UDP socket as a local process with privilege can have: any source, any mark.
+
+    The marks of what it sends cross loopback.
+    """
+    with host:
+        local = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    local.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+    set_mark(local, mark)
+    local.bind((source, 4000))
+    return local
+
+
+# -- TCP from outside ----------------------------------------------------------------------
+
+_TCP_REPAIR, _TCP_REPAIR_QUEUE, _TCP_QUEUE_SEQ = 19, 20, 21
+_RECEIVED, _SENT = 1, 2
+_NO_PROBE = -1
+_SIOCOUTQ = 0x5411
+
+
+def numbers(client: socket.socket) -> tuple[int, int]:
+    """Return the sequence numbers of what a connected socket sends and receives next.
+
+    Of what it has sent, all that its peer has not acknowledged comes next.
+    """
+
+    def last(queue: int) -> int:
+        client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_QUEUE, queue)
+        return client.getsockopt(socket.IPPROTO_TCP, _TCP_QUEUE_SEQ) & 0xFFFFFFFF
+
+    client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+    try:
+        waiting = int.from_bytes(ioctl(client, _SIOCOUTQ, bytes(4)), sys.byteorder)
+        return (last(_SENT) - waiting) & 0xFFFFFFFF, last(_RECEIVED)
+    finally:
+        client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _NO_PROBE)
 
 
 # -- waiting -------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ def fragments(whole: bytes, size: int, identification: int = 0x5EED) -> list[byt
     return cuts
 
 
+def half_forged(source: str, destination: str, ports: tuple[int, int]) -> tuple[list[bytes], bytes]:
+    """A UDP datagram in two fragments, of which the second is to be forged, and what it says."""
+    data = b"good" * 10 + b"evil" * 10
+    return fragments(udp(source, destination, ports, data), 48), data
+
+
 def compressed(inner: bytes, cpi: int) -> bytes:
     """The same packet with its payload under IPComp (deflate), in clear."""
     version6 = inner[0] >> 4 == 6

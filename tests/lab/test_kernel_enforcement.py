@@ -11,20 +11,24 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from hosts import GCM, MODES, NULL, PATIENCE, Host, eventually, protect, sniffing
+from lies import lasting_stamp
+from packets import half_forged
 
 import ipsec_aio
 from ipsec_aio import Assurance, ProtectionError, Require
 from ipsec_aio.backends.tables import TableBackend
 from ipsec_aio.enums import Direction
 from ipsec_aio.flow import Selector
+from ipsec_aio.kernel import stamp_table
 from ipsec_aio.kernel.sockopts import clear_policies, set_policy
-from ipsec_aio.net import connect, enforce
+from ipsec_aio.net import connect, enforce, witness
 from ipsec_aio.policy import Policy, Template
+from ipsec_aio.truth import TruthTable
 from ipsec_aio.wire.sockpolicy import encode
 
 PORT = 5000
@@ -470,6 +474,48 @@ def _opaque(transport: Any) -> bool:
 
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["unguarded", "guarded"])
+async def test_another_sa_through_an_xfrm_interface(
+    bob: Host, alice: Host, carol: Host, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """Its traffic is readable on the wire, and passes a policy by that demands another SA."""
+    pair = protect(alice, bob, mode="tunnel")
+    weak = protect(carol, bob, NULL, mode="tunnel", reqid=2, policies=False)
+    bob.ip(*weak.states("delete"))
+    weak.extra = "if_id 7"
+    bob.ip(*weak.states("add"))
+    demanded = f"tmpl src {carol.v4} dst {bob.v4} proto esp reqid 2 mode tunnel"
+    bob.interface("ipsec7", 7)
+    bob.ip(
+        f"xfrm policy add src {alice.inner4} dst {bob.inner4} dir in if_id 7 priority 1 {demanded}"
+    )
+    carol.ip(
+        f"addr add {alice.inner4}/32 dev lo",
+        f"xfrm policy add src {alice.inner4} dst {bob.inner4} dir out {demanded}",
+    )
+    carol.after(lambda: carol.ip(f"addr del {alice.inner4}/32 dev lo"))
+    if not guarded:
+        opaque = property(lambda table: False, lambda table, value: None)
+        monkeypatch.setattr(TruthTable, "opaque_interfaces", opaque, raising=False)
+    async with receiving((bob.inner4, PORT), enforce="kernel") as (transport, sink):
+        with carol:
+            client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with client, alice.udp(inner=True) as honest:
+            client.bind((alice.inner4, 4000))
+            client.sendto(b"readable", (bob.inner4, PORT))
+            if guarded:
+                await eventually(lambda: transport.ipsec_stats.refused == 1)
+            else:
+                ptoken = await sink.next(b"readable", alice.inner4)
+                assert ptoken.assurance is Assurance.ENFORCED
+                assert ptoken.privacy_protected is True
+                honest.sendto(b"honest", (bob.inner4, PORT))
+                assert await sink.next(b"honest", alice.inner4) is ptoken
+            assert sink.queue.empty()
+    assert weak.packets(bob) == 1
+    assert pair.packets(bob) == (not guarded)
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["unguarded", "guarded"])
 async def test_one_peer_s_tunnel_does_not_speak_for_another(
     bob: Host, alice: Host, carol: Host, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
@@ -508,6 +554,56 @@ async def test_one_peer_s_tunnel_does_not_speak_for_another(
             # With the SPD it does not, even in the kernel.
             with pytest.raises(BlockingIOError):
                 sock.recv(10)
+
+
+@pytest.mark.parametrize(
+    ("stamp", "guarded"),
+    [
+        *((stamp, False) for stamp in ("off", "absent", "lost")),
+        *((stamp, True) for stamp in ("off", "absent", "lost")),
+    ],
+)
+@pytest.mark.parametrize("family", [4, 6])
+async def test_a_tunnel_does_not_speak_for_fragments_in_clear(
+    bob: Host,
+    alice: Host,
+    mallory: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    family: int,
+    stamp: str,
+    guarded: bool,
+) -> None:
+    """The policy sees the first half's SA. Where the stamp does not drop such halves, the socket
+    tells what was put together.
+    """
+    pair = protect(alice, bob, mode="tunnel", family=family)
+    source, to = pair.address(alice), (pair.address(bob), PORT)
+    (first, second), data = half_forged(source, to[0], (4000, PORT))
+    if not guarded:
+        read = witness.parse
+        monkeypatch.setattr(witness, "parse", lambda told: replace(read(told), reassembled=False))
+    stamps = lasting_stamp() if stamp == "lost" else contextlib.nullcontext()
+    mode = "off" if stamp == "off" else "use"
+    with stamps as netlink:
+        async with receiving(to, mode, enforce="kernel") as (transport, sink):
+            with alice.udp(family=family, inner=True) as client:
+                if netlink is not None:
+                    client.sendto(b"stamped", to)
+                    assert (await sink.next(b"stamped", source)).assurance is Assurance.EXACT
+                    stamp_table.remove(netlink)
+                client.sendto(b"whole", to)
+                whole = await sink.next(b"whole", source)
+                assert whole.assurance is Assurance.ENFORCED
+            count, received = pair.packets(bob), transport.ipsec_stats.received
+            alice.send_packet(first, to[0])
+            await eventually(lambda: pair.packets(bob) > count)
+            mallory.inject(second, bob)
+            await eventually(lambda: transport.ipsec_stats.received > received)
+            if guarded:
+                assert transport.ipsec_stats.refused == 1
+                assert sink.queue.empty()
+            else:
+                assert await sink.next(data, source) is whole
 
 
 async def test_peers_that_come_later_are_let_in(bob: Host, alice: Host, carol: Host) -> None:

@@ -7,85 +7,42 @@ or has it forged, so that nothing but the guard stands between the lie and an SA
 
 from __future__ import annotations
 
-import asyncio
 import socket
-import sys
-from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 
 import pytest
-from hosts import BARE, COMP, FAMILIES, GCM, PATIENCE, Host, eventually, lenient, protect, refused
-from packets import compressed, fragments, udp
+from hosts import (
+    AH,
+    BARE,
+    COMP,
+    FAMILIES,
+    GCM,
+    PATIENCE,
+    Host,
+    eventually,
+    lenient,
+    mark_of,
+    protect,
+    refused,
+)
+from lies import GUARDED, PORT, believed, forge, lasting_stamp, serving, without
+from packets import compressed, half_forged, udp
 
 import ipsec_aio
 from ipsec_aio import Assurance, BackendError, Require, truth
+from ipsec_aio.backends.tables import TableBackend
 from ipsec_aio.backends.xfrm import XfrmBackend
 from ipsec_aio.kernel import stamp_table
-from ipsec_aio.kernel.nfnetlink import NftSocket
+from ipsec_aio.kernel.stamp import KernelStamp
 from ipsec_aio.kernel.stamp_marks import MarkUsers
 from ipsec_aio.mirror import Mirror
-from ipsec_aio.net import listening, witness
+from ipsec_aio.net import witness
+from ipsec_aio.protection import CLEAR
 from ipsec_aio.sa import IPPROTO_ESP
 from ipsec_aio.spd import SPD
-from ipsec_aio.truth import TruthTable
+from ipsec_aio.truth import MISSING, Finding, TruthTable
 
-PORT, OTHER_PORT = 5000, 6000
-SO_MARK, IP_TRANSPARENT = 36, 19
-GUARDED = pytest.mark.parametrize("guarded", [False, True], ids=["unguarded", "guarded"])
-
-
-def mark_of(spi):
-    """The mark that stands for an SPI."""
-    return int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
-
-
-class Sink(ipsec_aio.DatagramProtocol):
-    def __init__(self):
-        self.queue = asyncio.Queue()
-
-    def datagram_received(self, data, addr, ptoken):
-        self.queue.put_nowait((data, addr[0], ptoken))
-
-    async def next(self, data, peer):
-        """Return the token of the next datagram, which must be this one."""
-        async with asyncio.timeout(PATIENCE):
-            found = await self.queue.get()
-        assert found[:2] == (data, peer)
-        return found[2]
-
-
-@asynccontextmanager
-async def serving(sock, **options):
-    """A datagram endpoint on the xfrm backend; ``sock`` is a socket or an address."""
-    where = {"local_addr": sock} if isinstance(sock, tuple) else {"sock": sock}
-    options = {"stamp": "install", **options}
-    async with ipsec_aio.open_backend("xfrm", **options) as backend:
-        transport, sink = await ipsec_aio.create_datagram_endpoint(Sink, backend=backend, **where)
-        with closing(transport):
-            yield sink
-
-
-def without(monkeypatch, chain, *purposes):
-    """Take rules out of the stamp, as it is installed and as it is verified."""
-    whole = getattr(stamp_table, chain)
-    left = tuple(rule for rule in whole.rules if rule.purpose not in purposes)
-    assert len(left) == len(whole.rules) - len(purposes)
-    cut = whole._replace(rules=left)
-    monkeypatch.setattr(stamp_table, chain, cut)
-    monkeypatch.setitem(stamp_table.CHAINS, whole.name, cut)
-
-
-def believed(ptoken):
-    return ptoken.assurance is Assurance.EXACT and ptoken.protected
-
-
-def forge(host, source, target, mark, data):
-    """Send over loopback, as a local process with privilege can: any source, any mark."""
-    with host, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as local:
-        local.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-        local.setsockopt(socket.SOL_SOCKET, SO_MARK, mark.to_bytes(4, sys.byteorder))
-        local.bind((source, 4000))
-        local.sendto(data, (target, PORT))
+OTHER_PORT = 6000
 
 
 @GUARDED
@@ -100,6 +57,93 @@ async def test_a_mark_forged_over_loopback(bob: Host, alice: Host, monkeypatch, 
         if guarded:
             assert ptoken.assurance is Assurance.NONE
     assert pair.packets(bob) == 0
+
+
+@GUARDED
+async def test_a_stamp_that_is_lost(bob: Host, alice: Host, monkeypatch, guarded):
+    """Who does not watch it goes on to believe marks that nobody clears any more."""
+    pair = protect(alice, bob, policies=False)
+    mark = mark_of(pair.spi(bob))
+    if not guarded:
+        monkeypatch.setattr(KernelStamp, "_news", lambda stamp: 0)
+    with lasting_stamp() as netlink:
+        async with serving((bob.v4, PORT), stamp="use") as sink:
+            forge(bob, alice.v4, bob.v4, mark, b"before")
+            assert (await sink.next(b"before", alice.v4)).assurance is Assurance.NONE
+            stamp_table.remove(netlink)
+            forge(bob, alice.v4, bob.v4, mark, b"after")
+            ptoken = await sink.next(b"after", alice.v4)
+            assert believed(ptoken) is not guarded
+            if guarded:
+                assert ptoken.assurance is Assurance.UNKNOWN
+    assert pair.packets(bob) == 0
+
+
+@GUARDED
+async def test_what_was_queued_before_the_stamp(bob: Host, alice: Host, monkeypatch, guarded):
+    """Nobody cleared its mark."""
+    pair = protect(alice, bob, policies=False)
+    mark = mark_of(pair.spi(bob))
+    if not guarded:  # as if there were nothing in the queue
+        monkeypatch.setattr(witness, "is_readable", lambda sock: False)
+    with bob.udp(PORT) as sock:
+        forge(bob, alice.v4, bob.v4, mark, b"early")
+        async with serving(sock) as sink:
+            ptoken = await sink.next(b"early", alice.v4)
+            assert believed(ptoken) is not guarded
+            if guarded:
+                assert ptoken.assurance is Assurance.UNKNOWN
+                assert "before the stamp" in ptoken.information_string
+            forge(bob, alice.v4, bob.v4, mark, b"late")
+            assert (await sink.next(b"late", alice.v4)).assurance is Assurance.NONE
+    assert pair.packets(bob) == 0
+
+
+@pytest.mark.parametrize("guards", [0, 1, 2])
+async def test_an_sa_that_the_mirror_has_not_seen_yet(
+    bob: Host, alice: Host, mallory: Host, monkeypatch, guards
+):
+    """Its event is late. Two guards: it is asked for, and a miss is no absence."""
+    deaf = False
+    drain, ask, by_spi = XfrmBackend.drain, XfrmBackend.lookup_missing, TruthTable._by_spi
+    monkeypatch.setattr(
+        XfrmBackend, "drain", lambda backend: (TableBackend.drain if deaf else drain)(backend)
+    )
+    monkeypatch.setattr("ipsec_aio.tokens.PENDING_SECONDS", PATIENCE)
+    if guards < 2:
+        monkeypatch.setattr(
+            XfrmBackend, "lookup_missing", lambda backend, key: not deaf and ask(backend, key)
+        )
+    if guards < 1:
+
+        def absent(table, evidence):
+            finding = by_spi(table, evidence)
+            return Finding(CLEAR) if finding is MISSING else finding
+
+        monkeypatch.setattr(TruthTable, "_by_spi", absent)
+    async with serving((bob.v4, PORT)) as sink:
+        deaf = True
+        pair = protect(alice, bob)
+        with alice.udp() as client, mallory.udp() as clear:
+            client.sendto(b"sealed", (bob.v4, PORT))
+            assert pair.packets(bob) == 1
+            ptoken = await sink.next(b"sealed", alice.v4)
+            clear.sendto(b"clear", (bob.v4, PORT))
+            assert (await sink.next(b"clear", mallory.v4)).assurance is Assurance.NONE
+            assert believed(ptoken) is (guards == 2)
+            if guards == 0:
+                assert ptoken.assurance is Assurance.NONE
+                assert ptoken.privacy_protected is False
+            elif guards == 1:
+                assert ptoken.assurance is Assurance.UNKNOWN
+                assert ptoken.privacy_protected is None
+            deaf = False
+            if guards:
+                settled = await ptoken.resolved(timeout=PATIENCE)
+                assert believed(settled)
+                assert settled.privacy_protected is True
+                client.sendto(b"again", (bob.v4, PORT))
+                assert await sink.next(b"again", alice.v4) is settled
 
 
 @GUARDED
@@ -166,6 +210,14 @@ def assert_worthless(ptoken):
         assert Require(assurance=Assurance.EXACT, **clauses).check(ptoken) is not None
 
 
+def only(proto, monkeypatch):
+    """Have a number stand for the SAs of one protocol."""
+    possible = TruthTable._possible
+    monkeypatch.setattr(
+        TruthTable, "_possible", lambda *words: [r for r in possible(*words) if r.sa.proto == proto]
+    )
+
+
 @GUARDED
 async def test_ipcomp_under_a_colliding_number(
     bob: Host, alice: Host, mallory: Host, monkeypatch, guarded
@@ -174,12 +226,7 @@ async def test_ipcomp_under_a_colliding_number(
     protect(alice, bob, GCM, spis=spis, policies=False)
     protect(alice, bob, COMP, spis=spis, policies=False)
     if not guarded:
-        possible = TruthTable._possible
-        monkeypatch.setattr(
-            TruthTable,
-            "_possible",
-            lambda *words: [r for r in possible(*words) if r.sa.proto == IPPROTO_ESP],
-        )
+        only(IPPROTO_ESP, monkeypatch)
     data = b"forged " * 20
     async with serving((bob.v4, PORT)) as sink:
         mallory.inject(compressed(udp(alice.v4, bob.v4, (4000, PORT), data), spis[0]), bob)
@@ -195,6 +242,49 @@ async def test_ipcomp_alone(bob: Host, alice: Host, mallory: Host):
     async with serving((bob.v4, PORT)) as sink:
         mallory.inject(compressed(udp(alice.v4, bob.v4, (4000, PORT), data), 0x1F03), bob)
         assert_worthless(await sink.next(data, alice.v4))
+
+
+async def test_ah_around_esp(bob: Host, alice: Host):
+    """The stamp names the outermost SA. What is inside is not claimed: it need not be there."""
+    inside = protect(alice, bob, GCM, policies=False)
+    outside = protect(alice, bob, AH, reqid=2, policies=False)
+    out = f"src {alice.v4} dst {bob.v4} dir out"
+    esp, ah = "tmpl proto esp reqid 1 mode transport", "tmpl proto ah reqid 2 mode transport"
+    alice.ip(f"xfrm policy add {out} {esp} {ah}")
+    async with serving((bob.v4, PORT)) as sink:
+        with alice.udp() as client:
+            client.sendto(b"sealed", (bob.v4, PORT))
+            ptoken = await sink.next(b"sealed", alice.v4)
+            assert (inside.packets(bob), outside.packets(bob)) == (1, 1)
+            assert believed(ptoken)
+            assert [sa.spi for sa in ptoken.sas] == [outside.spi(bob)]
+            assert ptoken.privacy_protected is False
+            assert ptoken.integrity_protected is True
+            assert Require(encrypted=True).check(ptoken) is not None
+            assert Require(integrity=True).check(ptoken) is None
+            alice.ip(f"xfrm policy update {out} {ah}")
+            client.sendto(b"readable", (bob.v4, PORT))
+            assert await sink.next(b"readable", alice.v4) is ptoken
+            assert (inside.packets(bob), outside.packets(bob)) == (1, 2)
+
+
+@GUARDED
+async def test_ah_under_the_number_of_an_esp_sa(bob: Host, alice: Host, monkeypatch, guarded):
+    spis = (0x1F05, 0x1F06)
+    sealing = protect(alice, bob, GCM, spis=spis, policies=False)
+    signing = protect(alice, bob, AH, reqid=2, spis=spis, policies=False)
+    signing.demand(alice)
+    if not guarded:
+        only(IPPROTO_ESP, monkeypatch)
+    async with serving((bob.v4, PORT)) as sink:
+        with alice.udp() as client:
+            client.sendto(b"readable", (bob.v4, PORT))
+            ptoken = await sink.next(b"readable", alice.v4)
+    assert (sealing.packets(bob), signing.packets(bob)) == (0, 1)
+    assert believed(ptoken)
+    assert ptoken.integrity_protected is True
+    assert ptoken.privacy_protected is not guarded
+    assert (Require(encrypted=True).check(ptoken) is None) is not guarded
 
 
 @GUARDED
@@ -241,19 +331,12 @@ async def test_a_reused_spi_that_moves_to_another_peer(
             assert believed(strong) is ("tombstone" not in guards)
 
 
-def half_forged(alice, bob, family):
-    """A datagram in two fragments, and what it says."""
-    data = b"good" * 10 + b"evil" * 10
-    ends = alice.address(family, inner=True), bob.address(family, inner=True)
-    return fragments(udp(*ends, (4000, PORT), data), 48), data
-
-
 @GUARDED
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_mixed_fragments(bob: Host, alice: Host, mallory: Host, monkeypatch, family, guarded):
     pair = lenient(alice, bob, GCM, "tunnel", family)
-    (first, second), data = half_forged(alice, bob, family)
     to = bob.address(family, inner=True)
+    (first, second), data = half_forged(pair.address(alice), to, (4000, PORT))
     if not guarded:
         without(monkeypatch, "FRAGMENTS", f"drop decrypted IPv{family} fragments")
     async with serving((to, PORT)) as sink:
@@ -275,13 +358,12 @@ async def test_mixed_fragments_where_they_are_kept(
 ):
     """An operator needs them: then what was put together from any is not known."""
     pair = lenient(alice, bob, GCM, "tunnel", family)
-    (first, second), data = half_forged(alice, bob, family)
     to = bob.address(family, inner=True)
+    (first, second), data = half_forged(pair.address(alice), to, (4000, PORT))
     if not guarded:
         read = witness.parse
         monkeypatch.setattr(witness, "parse", lambda told: replace(read(told), reassembled=False))
-    with closing(NftSocket()) as netlink:
-        stamp_table.install(netlink, owned=False, keep_fragments=True)
+    with lasting_stamp(keep_fragments=True):
         async with serving((to, PORT), stamp="use") as sink:
             alice.send_packet(first, to)
             await eventually(lambda: pair.packets(bob) == 1)
@@ -291,7 +373,6 @@ async def test_mixed_fragments_where_they_are_kept(
             if guarded:
                 assert ptoken.assurance is Assurance.UNKNOWN
                 assert "reassembled" in ptoken.information_string
-        stamp_table.remove(netlink)
 
 
 @GUARDED
@@ -362,202 +443,6 @@ async def test_policies_are_inference(bob: Host, alice: Host, monkeypatch, guard
         with alice.udp() as client:
             client.sendto(b"again", (bob.v4, PORT if lie == "disable_policy" else OTHER_PORT))
             assert (await sink.next(b"again", alice.v4)).assurance is Assurance.NONE
-
-
-class Peer(ipsec_aio.Protocol):
-    def __init__(self):
-        self.made = asyncio.get_running_loop().create_future()
-        self.data = asyncio.Queue()
-
-    def connection_made(self, transport, ptoken):
-        self.transport = transport
-        self.made.set_result(ptoken)
-
-    def data_received(self, data):
-        self.data.put_nowait((data, ipsec_aio.current_ptoken()))
-
-    def eof_received(self):
-        self.data.put_nowait((b"", ipsec_aio.current_ptoken()))
-
-    async def next(self):
-        """Return what comes next (nothing: the end) and its token."""
-        async with asyncio.timeout(PATIENCE):
-            return await self.data.get()
-
-
-@pytest.mark.parametrize("guards", [0, 1, 2])
-async def test_a_marked_listener(bob: Host, alice: Host, monkeypatch, guards):
-    """Two guards: the stamp drops clear segments to it, and its connections do not count."""
-    pair = protect(alice, bob, policies=False)
-    if guards < 2:
-        without(monkeypatch, "INPUT", "drop clear segments on stamped connections")
-    if guards < 1:
-        monkeypatch.setattr(listening.Listener, "_is_marked", lambda listener: False)
-    loop = asyncio.get_running_loop()
-    listener = bob.tcp(PORT)
-    listener.setsockopt(
-        socket.SOL_SOCKET, SO_MARK, mark_of(pair.spi(bob)).to_bytes(4, sys.byteorder)
-    )
-    peer = Peer()
-    async with ipsec_aio.open_backend("xfrm", stamp="install") as backend:
-        server = await ipsec_aio.create_server(lambda: peer, sock=listener, backend=backend)
-        with alice.tcp() as client:
-            connected = loop.create_task(loop.sock_connect(client, (bob.v4, PORT)))
-            done, _ = await asyncio.wait([connected], timeout=0.5 if guards == 2 else PATIENCE)
-            assert bool(done) is (guards < 2)
-            if done:
-                ptoken = await asyncio.wait_for(peer.made, PATIENCE)
-                assert believed(ptoken) is (guards == 0)
-                if guards:
-                    assert ptoken.assurance is Assurance.UNKNOWN
-                    assert "a mark of its own" in ptoken.information_string
-                peer.transport.abort()
-            else:
-                connected.cancel()
-                await asyncio.wait([connected])
-                assert not peer.made.done()
-        server.close()
-        await server.wait_closed()
-
-
-@asynccontextmanager
-async def accepting(bob, peer):
-    """A server that hands its connection to a Peer."""
-    async with ipsec_aio.open_backend("xfrm", stamp="install") as backend:
-        server = await ipsec_aio.create_server(lambda: peer, bob.v4, PORT, backend=backend)
-        try:
-            yield
-        finally:
-            if peer.made.done():
-                peer.transport.abort()
-            server.close()
-            await server.wait_closed()
-
-
-def repeats(client):
-    """How often TCP has sent again what it last sent (linux/tcp.h, tcpi_retransmits)."""
-    return client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[2]
-
-
-@GUARDED
-async def test_clear_segments_after_a_flush(bob: Host, alice: Host, monkeypatch, guarded):
-    pair = protect(alice, bob)
-    if not guarded:  # the second drops all data that is clear, where the first is passed
-        without(
-            monkeypatch,
-            "INPUT",
-            "drop clear segments on stamped connections",
-            "drop clear data that would complete a handshake",
-        )
-    peer = Peer()
-    async with accepting(bob, peer):
-        with alice.tcp() as client:
-            loop = asyncio.get_running_loop()
-            await loop.sock_connect(client, (bob.v4, PORT))
-            await loop.sock_sendall(client, b"sealed")
-            assert believed(await asyncio.wait_for(peer.made, PATIENCE))
-            assert (await peer.next())[0] == b"sealed"
-            count = pair.packets(bob)
-            alice.flush_policies()
-            bob.flush_policies()
-            client.send(b"clear")
-            if guarded:
-                await eventually(lambda: repeats(client) > 1)
-                assert peer.data.empty()
-                assert pair.packets(bob) == count
-                pair.demand()  # from here on TCP sends it again under ESP
-            data, ptoken = await peer.next()
-            assert data == b"clear"
-            assert believed(ptoken)
-            assert (pair.packets(bob) > count) is guarded
-
-
-@GUARDED
-async def test_a_clear_end_after_a_flush(bob: Host, alice: Host, monkeypatch, guarded):
-    """A stream that is cut short is a lie, too."""
-    pair = protect(alice, bob)
-    if not guarded:
-        without(monkeypatch, "INPUT", "drop clear segments on stamped connections")
-    peer = Peer()
-    async with accepting(bob, peer):
-        with alice.tcp() as client:
-            await asyncio.get_running_loop().sock_connect(client, (bob.v4, PORT))
-            assert believed(await asyncio.wait_for(peer.made, PATIENCE))
-            count = pair.packets(bob)
-            alice.flush_policies()
-            bob.flush_policies()
-            client.shutdown(socket.SHUT_WR)
-            if guarded:
-                await eventually(lambda: repeats(client) > 1)
-                assert peer.data.empty()
-                pair.demand()
-            assert (await peer.next())[0] == b""
-            assert (pair.packets(bob) > count) is guarded
-
-
-@GUARDED
-async def test_clear_data_that_completes_a_handshake(bob: Host, alice: Host, monkeypatch, guarded):
-    pair = lenient(alice, bob)
-    if not guarded:
-        without(monkeypatch, "INPUT", "drop clear data that would complete a handshake")
-    alice.nft(
-        "table inet hush { chain hush { type filter hook output priority 0;"
-        f" tcp dport {PORT} tcp flags & (syn | ack | psh) == ack drop\n}}\n}}\n"
-    )
-    peer = Peer()
-    async with accepting(bob, peer):
-        with alice.tcp() as client:
-            await asyncio.get_running_loop().sock_connect(client, (bob.v4, PORT))
-            count = pair.packets(bob)
-            alice.flush_policies()
-            client.send(b"clear")
-            if guarded:
-                await eventually(lambda: repeats(client) > 1)
-                assert not peer.made.done()
-                alice.show("nft", "flush", "ruleset")
-                # Bob asks again, and is answered without data.
-                assert believed(await asyncio.wait_for(peer.made, PATIENCE))
-                assert peer.data.empty()
-                pair.demand(alice)
-            data, ptoken = await peer.next()
-            assert data == b"clear"
-            assert believed(ptoken)
-            assert (pair.packets(bob) > count) is guarded
-
-
-@GUARDED
-async def test_a_listener_of_another_namespace(
-    bob: Host, alice: Host, mallory: Host, monkeypatch, guarded
-):
-    pair = protect(alice, bob)
-    addresses = [f"addr {{}} {address}/32 dev lo" for address in (bob.v4, alice.v4)]
-    mallory.ip(*(line.format("add") for line in addresses))
-    mallory.after(lambda: mallory.ip(*(line.format("del") for line in addresses)))
-    mallory.sysctl("net/ipv4/tcp_fwmark_accept", 1)
-    with mallory:
-        foreign, client = socket.socket(), socket.socket()
-    foreign.bind((bob.v4, PORT))
-    if not guarded:
-        with bob.udp() as own:
-            ours = witness.netns_cookie(own)
-        monkeypatch.setattr(listening, "netns_cookie", lambda sock: ours)
-    peer = Peer()
-    async with ipsec_aio.open_backend("xfrm", stamp="install") as backend:
-        server = await ipsec_aio.create_server(lambda: peer, sock=foreign, backend=backend)
-        with client:
-            client.setblocking(False)
-            mark = mark_of(pair.spi(bob))
-            client.setsockopt(socket.SOL_SOCKET, SO_MARK, mark.to_bytes(4, sys.byteorder))
-            client.bind((alice.v4, 0))
-            await asyncio.get_running_loop().sock_connect(client, (bob.v4, PORT))
-            ptoken = await asyncio.wait_for(peer.made, PATIENCE)
-            assert believed(ptoken) is not guarded
-            if guarded:
-                assert ptoken.assurance is Assurance.UNKNOWN
-                assert "another network namespace" in ptoken.information_string
-            peer.transport.abort()
-        server.close()
-        await server.wait_closed()
 
 
 XFRM_ADDRESS = "10.7.0.1"
