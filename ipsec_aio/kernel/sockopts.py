@@ -8,7 +8,6 @@ from __future__ import annotations
 import select
 import socket
 import struct
-import sys
 from asyncio.trsock import TransportSocket
 from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
@@ -34,7 +33,6 @@ __all__ = [
     "is_listening",
     "is_readable",
     "is_v6only",
-    "mark_and_cookie",
     "netns_cookie",
     "protocol_of",
     "read_mark",
@@ -83,16 +81,6 @@ def examine(sock: _HasFileno, question: Callable[[socket.SocketType], _T]) -> _T
         return question(made)
     finally:
         made.detach()
-
-
-def mark_and_cookie(sock: socket.SocketType) -> tuple[int | None, int | None]:
-    """Return what :func:`read_mark` and :func:`socket_cookie` do: a question to ``examine``."""
-    try:
-        mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
-        cookie = sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _U64.size)
-    except OSError:
-        return None, None
-    return mark, int.from_bytes(cookie, sys.byteorder)
 
 
 def netns_cookie(sock: socket.SocketType) -> int | None:

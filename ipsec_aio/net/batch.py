@@ -91,17 +91,9 @@ class Batch:
     ``payload`` and ``control`` are how many bytes of each are taken of a datagram.
     """
 
-    def __init__(
-        self,
-        call: Callable[..., int],
-        family: int,
-        payload: int,
-        control: int,
-        slots: int = SLOTS,
-    ) -> None:
+    def __init__(self, call: Callable[..., int], family: int, payload: int, control: int) -> None:
         self.thread = threading.get_ident()
         self._call = call
-        self._slots = slots
         name = NAME_SIZES[family]
         self._name = name
         self._slot = slot = name + _aligned(control, 8)
@@ -109,18 +101,18 @@ class Batch:
         far = payload - near
         # Equal offsets of payloads in pages would meet in a few lines of the caches.
         self._stride = stride = _aligned(near, 64) + 64
-        area = _HEADER.size * slots
-        end = area + slot * slots
+        area = _HEADER.size * SLOTS
+        end = area + slot * SLOTS
         vectors = _aligned(end, 64)
-        payloads = vectors + 2 * _IOVEC.size * slots
-        rests = _aligned(payloads + stride * slots, mmap.PAGESIZE)
+        payloads = vectors + 2 * _IOVEC.size * SLOTS
+        rests = _aligned(payloads + stride * SLOTS, mmap.PAGESIZE)
         # Private: a forked child must not receive into its parent's region.
         self._region = region = mmap.mmap(
-            -1, rests + far * slots, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            -1, rests + far * SLOTS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
         base = ctypes.addressof(ctypes.c_char.from_buffer(region))
-        self._starts = tuple(range(payloads, payloads + stride * slots, stride))
-        self._rests = tuple(rests + far * index for index in range(slots))
+        self._starts = tuple(range(payloads, payloads + stride * SLOTS, stride))
+        self._rests = tuple(rests + far * index for index in range(SLOTS))
         for index, start in enumerate(self._starts):
             vector, beside = vectors + 2 * _IOVEC.size * index, area + slot * index
             _IOVEC.pack_into(region, vector, base + start, near)
@@ -157,7 +149,7 @@ class Batch:
         self._cuts: dict[tuple[int, int], struct.Struct] = {}
 
     def receive(self, fd: int, expected: int) -> Taken:
-        """Take what is there, up to ``slots`` datagrams, each with ``expected`` bytes of control
+        """Take what is there, up to SLOTS datagrams, each with ``expected`` bytes of control
         messages as far as the caller can guess.
 
         Raises the OSError that the socket's own methods would, BlockingIOError where nothing is
@@ -166,7 +158,7 @@ class Batch:
         """
         region = self._region
         region[self._reset] = self._fresh
-        count = self._call(fd, self._address, self._slots, _DONTWAIT, None)
+        count = self._call(fd, self._address, SLOTS, _DONTWAIT, None)
         if count < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
