@@ -24,32 +24,15 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from machine_tools import BAD, GOOD, PATIENT, WANTED, WEAK, Facts, Known, said
 
-from ipsec_aio import MemoryBackend, Require, create_datagram_endpoint
-from ipsec_aio.sa import SA
+from ipsec_aio import MemoryBackend, create_datagram_endpoint
 
 PEERS = ["127.0.0.2", "127.0.0.3"]
-GOOD, BAD = "friend.good.example", "mallory.bad.example"
 NAMES = st.sampled_from([None, None, GOOD, BAD])
-WANTED = Require(encrypted=True, peer="*.good.example")
-PATIENT = 60.0
-WEAK = {"encryption": "ecb(cipher_null)", "authentication": "hmac(sha256)"}
 
 
-class Known:
-    """An SA, and what is true of it. ``name`` None: nobody has said yet."""
-
-    def __init__(self, sa: SA, name: str | None, *, weak: bool) -> None:
-        self.sa = sa
-        self.name = name
-        self.weak = weak
-
-    @property
-    def good(self) -> bool:
-        return self.name == GOOD and not self.weak
-
-
-class Endpoint(RuleBasedStateMachine):
+class Endpoint(Facts, RuleBasedStateMachine):
     """One server that wants friends; two peers, who may be anybody."""
 
     new_loop: Callable[[], asyncio.AbstractEventLoop]
@@ -80,8 +63,7 @@ class Endpoint(RuleBasedStateMachine):
 
     @rule(peer=st.sampled_from(PEERS), name=NAMES, weak=st.sampled_from([False, False, True]))
     def add_sa(self, peer: str, name: str | None, weak: bool) -> None:
-        fields: dict[str, Any] = {"identity_pending": True} if name is None else {"peer": name}
-        sa = self.backend.add_sa(src=peer, dst="127.0.0.1", **fields, **(WEAK if weak else {}))
+        sa = self.backend.add_sa(src=peer, dst="127.0.0.1", **said(name), **(WEAK if weak else {}))
         self.sas[peer].append(Known(sa, name, weak=weak))
         self.send(peer, 1)
 
@@ -89,8 +71,7 @@ class Endpoint(RuleBasedStateMachine):
     @rule(data=st.data(), name=NAMES)
     def rekey(self, data: Any, name: str | None) -> None:
         peer, old = self.draw(data)
-        fields: dict[str, Any] = {"identity_pending": True} if name is None else {"peer": name}
-        sa = self.backend.rekey(old.sa, **fields)
+        sa = self.backend.rekey(old.sa, **said(name))
         self.sas[peer].append(Known(sa, name, weak=old.weak))
         self.send(peer, 1)
 
@@ -108,30 +89,7 @@ class Endpoint(RuleBasedStateMachine):
         self.sas[peer].remove(known)
         (self.backend.expire if expire else self.backend.delete_sa)(known.sa)
 
-    def all(self) -> list[Known]:
-        return [known for sas in self.sas.values() for known in sas]
-
-    def draw(self, data: Any) -> tuple[str, Known]:
-        pairs = [(peer, known) for peer, sas in self.sas.items() for known in sas]
-        found: tuple[str, Known] = data.draw(st.sampled_from(pairs))
-        return found
-
     # Mishaps
-
-    def hold_or_release_events(self) -> None:
-        if self.events_held:
-            self.backend.release_events()
-        elif not self.events_lost:
-            self.backend.hold_events()
-        self.events_held = not self.events_held and not self.events_lost
-
-    def lose_or_recover_events(self) -> None:
-        if self.events_lost:
-            self.backend.recover()
-            self.events_held = False
-        else:
-            self.backend.lose_events()
-        self.events_lost = not self.events_lost
 
     def lose_or_restore_the_stamp(self) -> None:
         (self.backend.restore_stamp if self.stamp_lost else self.backend.lose_stamp)()

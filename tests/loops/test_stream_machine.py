@@ -26,34 +26,17 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from machine_tools import BAD, GOOD, PATIENT, WANTED, WEAK, Facts, Known, said
 from notes import PATIENCE
 from stream_tools import HOST, port_of
 
 import ipsec_aio
-from ipsec_aio import Latch, LatchState, MemoryBackend, Require
+from ipsec_aio import Latch, LatchState, MemoryBackend
 from ipsec_aio.net import streams
-from ipsec_aio.sa import SA
 
 PEERS = ["127.0.0.20", "127.0.0.21"]
-GOOD, BAD = "friend.good.example", "mallory.bad.example"
 NAMES = st.sampled_from([None, None, GOOD, GOOD, GOOD, BAD])
-WANTED = Require(encrypted=True, peer="*.good.example")
-PATIENT = 60.0
-WEAK = {"encryption": "ecb(cipher_null)", "authentication": "hmac(sha256)"}
 TURNS = 6
-
-
-class Known:
-    """An SA, and what is true of it. ``name`` None: nobody has said yet."""
-
-    def __init__(self, sa: SA, name: str | None, *, weak: bool) -> None:
-        self.sa = sa
-        self.name = name
-        self.weak = weak
-
-    @property
-    def good(self) -> bool:
-        return self.name == GOOD and not self.weak
 
 
 class Served(ipsec_aio.Protocol):
@@ -115,7 +98,7 @@ class Client:
         self.limit: int | None = None
 
 
-class Streams(RuleBasedStateMachine):
+class Streams(Facts, RuleBasedStateMachine):
     """One server that wants friends; two peers, who may be anybody."""
 
     new_loop: Callable[[], asyncio.AbstractEventLoop]
@@ -181,10 +164,9 @@ class Streams(RuleBasedStateMachine):
 
     @rule(peer=st.sampled_from(PEERS), name=NAMES, weak=st.sampled_from([False] * 4 + [True]))
     def add_sa(self, peer: str, name: str | None, weak: bool) -> None:
-        fields: dict[str, Any] = {"identity_pending": True} if name is None else {"peer": name}
         reqid = 1 + PEERS.index(peer)
         sa = self.backend.add_sa(
-            src=peer, dst=HOST, reqid=reqid, **fields, **(WEAK if weak else {})
+            src=peer, dst=HOST, reqid=reqid, **said(name), **(WEAK if weak else {})
         )
         self.sas[peer].append(Known(sa, name, weak=weak))
         self.turn_and_speak()
@@ -193,8 +175,7 @@ class Streams(RuleBasedStateMachine):
     @rule(data=st.data(), name=NAMES)
     def rekey(self, data: Any, name: str | None) -> None:
         peer, old = self.draw(data)
-        fields: dict[str, Any] = {"identity_pending": True} if name is None else {"peer": name}
-        sa = self.backend.rekey(old.sa, **fields)
+        sa = self.backend.rekey(old.sa, **said(name))
         self.sas[peer].append(Known(sa, name, weak=old.weak))
         self.turn_and_speak()
 
@@ -224,30 +205,7 @@ class Streams(RuleBasedStateMachine):
         self.policies_there = not self.policies_there
         self.turn()
 
-    def all(self) -> list[Known]:
-        return [known for sas in self.sas.values() for known in sas]
-
-    def draw(self, data: Any) -> tuple[str, Known]:
-        pairs = [(peer, known) for peer, sas in self.sas.items() for known in sas]
-        found: tuple[str, Known] = data.draw(st.sampled_from(pairs))
-        return found
-
     # Mishaps
-
-    def hold_or_release_events(self) -> None:
-        if self.events_held:
-            self.backend.release_events()
-        elif not self.events_lost:
-            self.backend.hold_events()
-        self.events_held = not self.events_held and not self.events_lost
-
-    def lose_or_recover_events(self) -> None:
-        if self.events_lost:
-            self.backend.recover()
-            self.events_held = False
-        else:
-            self.backend.lose_events()
-        self.events_lost = not self.events_lost
 
     def lose_or_restore_the_stamp(self) -> None:
         if self.inferred:
