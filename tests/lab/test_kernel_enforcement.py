@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hosts import GCM, MODES, NULL, PATIENCE, Host, eventually, protect, sniffing
+from hosts import GCM, MODES, NULL, PATIENCE, Host, eventually, lenient, protect, sniffing
 from lies import lasting_stamp
 from packets import half_forged
 
@@ -62,6 +62,7 @@ class Sink(ipsec_aio.DatagramProtocol):
 class Peer(ipsec_aio.Protocol):
     def __init__(self) -> None:
         self.made = asyncio.get_running_loop().create_future()
+        self.lost = asyncio.get_running_loop().create_future()
         self.received = b""
 
     def connection_made(self, transport, ptoken):
@@ -70,6 +71,9 @@ class Peer(ipsec_aio.Protocol):
 
     def data_received(self, data):
         self.received += data
+
+    def connection_lost(self, exc):
+        self.lost.set_result(exc)
 
 
 @asynccontextmanager
@@ -769,6 +773,45 @@ async def test_when_all_policies_go_the_connection_does_not_go_on_in_clear(
             transport.abort()
     clear = [packet for packet in seen if b"secret" in packet]
     assert bool(clear) is (choice == "user")
+
+
+@pytest.mark.parametrize("choice", ["kernel", "user"])
+async def test_when_the_stamp_goes_nothing_clear_is_delivered(
+    bob: Host, alice: Host, choice: str
+) -> None:
+    """The kernel drops it by the socket's policy; without one the connection is reset."""
+    loop = asyncio.get_running_loop()
+    pair = lenient(alice, bob)
+    command = [sys.executable, "-m", "ipsec_aio", "stamp"]
+    bob.show(*command, "install", "--port", f"tcp/{PORT}")
+    whole = Require(encrypted=True, mode="transport")
+    async with serving((bob.v4, PORT), "require", whole, enforce=choice) as (server, peers):
+        with alice.tcp() as client:
+            async with asyncio.timeout(PATIENCE):
+                await loop.sock_connect(client, (bob.v4, PORT))
+                await eventually(lambda: len(peers) == 1)
+                assert (await peers[0].made).assurance is Assurance.EXACT
+                await loop.sock_sendall(client, b"sealed ")
+                await eventually(lambda: peers[0].received == b"sealed ")
+            bob.show("nft", "delete", "table", "inet", "ipsec_aio")
+            if choice == "user":
+                async with asyncio.timeout(PATIENCE):
+                    error = await peers[0].lost
+                assert isinstance(error, ProtectionError)
+                assert server.ipsec_stats.refused_by == {"encrypted": 1}
+            pair.release(alice)
+            before = bob.statistics().get("XfrmInTmplMismatch", 0)
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                client.send(b"in clear")
+            if choice == "user":
+                await asyncio.sleep(SILENCE)
+                assert peers[0].received == b"sealed "
+                return
+            await eventually(lambda: bob.statistics().get("XfrmInTmplMismatch", 0) > before)
+            assert peers[0].received == b"sealed "
+            assert not peers[0].lost.done()
+            pair.demand(alice)
+            await eventually(lambda: peers[0].received == b"sealed in clear")
 
 
 async def test_a_connection_s_own_policies(bob: Host, alice: Host, mallory: Host) -> None:

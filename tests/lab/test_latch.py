@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import test_identities as peers
 from charon import Charon, connect
-from hosts import GCM, PATIENCE, Host, Pair, Suite, eventually, protect
+from hosts import GCM, PATIENCE, Host, Pair, Suite, eventually, protect, receive
 from test_identities import ALICE, BOB, DORA, Lab, end, key
 
 import ipsec_aio
@@ -364,6 +364,103 @@ async def test_equivalent_rekeys_keep_it(bob: Host, alice: Host) -> None:
         assert echo.transport.get_extra_info("ptoken") is token
         assert token.sas[-1].spi == pair.spi(bob)
     print(f"LATCH {REKEYS} rekeys in {time.monotonic() - begin:.0f} s")
+
+
+@asynccontextmanager
+async def connecting(pair: Pair) -> AsyncIterator[tuple[Echo, socket.socket]]:
+    """A latched connection of bob's: his end, and alice's, a plain socket."""
+    loop = asyncio.get_running_loop()
+    with pair.one.listener(PORT) as listener:
+        async with ipsec_aio.open_backend("xfrm", stamp="off") as backend:
+            await asyncio.sleep(1.1)  # POLICY vouches after a second
+            task = loop.create_task(
+                ipsec_aio.create_connection(Echo, pair.one.v4, PORT, backend=backend, latch=PAUSE)
+            )
+            async with asyncio.timeout(PATIENCE):
+                far, _ = await loop.sock_accept(listener)
+                _, echo = await task
+            with far:
+                await echo.next("made")
+                await ask(far, b"hello")
+                try:
+                    yield echo, far
+                finally:
+                    echo.transport.abort()
+                    await eventually(echo.transport.is_closing)
+
+
+async def test_the_kernel_holds_an_outgoing_one_too(bob: Host, alice: Host) -> None:
+    pair = keyed(alice, bob)
+    async with connecting(pair) as (echo, far):
+        status = echo.status
+        assert (status.state, status.held_by) == (LatchState.ESTABLISHED, "kernel")
+        # What alice sends by her new SA comes in by one of another reqid here.
+        pair.rekey()
+        old, (to_bob, to_alice) = pair.spis
+        spare = Pair(alice, bob, GCM, "transport", 4, FOREIGN, spis=[pair.spis[-1]])
+        bob.ip(pair.states("delete")[0], spare.states("add")[0])
+        before = bob.statistics().get("XfrmInTmplMismatch", 0)
+        await asyncio.get_running_loop().sock_sendall(far, b"foreign")
+        await eventually(lambda: bob.statistics().get("XfrmInTmplMismatch", 0) > before)
+        assert spare.packets(bob, to_bob) > 0, "it was decrypted, and then dropped"
+        assert echo.received == b"hello"
+        assert echo.said.empty()
+        # Nor does it send by such a one, though the policies want it now.
+        outward = pair.policies("add", bob)[1]
+        foreign = outward.replace("policy add", "policy update")
+        bob.ip(
+            pair.states("delete")[1],
+            spare.states("add")[1],
+            foreign.replace(f"reqid {REQID}", f"reqid {FOREIGN}"),
+        )
+        _, reason = await echo.next("broken")
+        assert reason is LatchReason.POLICY
+        with bob.udp() as probe, alice.udp(PORT) as heard:
+            probe.sendto(b"by the foreign one", (alice.v4, PORT))
+            await receive(heard)
+        sent = spare.packets(alice, to_alice)
+        assert sent > 0
+        echo.transport.write(b"secret")
+        await asyncio.sleep(0.3)
+        assert spare.packets(alice, to_alice) == sent
+        # All as it was before.
+        bob.ip(outward.replace("policy add", "policy update"))
+        for host in (alice, bob):
+            host.ip(*spare.states("delete"))
+        pair.spis[:] = [old]
+        await echo.next("restored")
+        async with asyncio.timeout(PATIENCE):
+            got = b""
+            while len(got) < 13:
+                got += await asyncio.get_running_loop().sock_recv(far, 100)
+        assert sorted(got) == sorted(b"secretforeign")
+
+
+async def test_a_weaker_rekey_breaks_an_outgoing_one(bob: Host, alice: Host) -> None:
+    pair = protect(alice, bob, reqid=REQID)
+    async with connecting(pair) as (echo, far):
+        assert echo.status.held_by == "kernel"
+        old = pair.spis[0]
+        pair.rekey(suite=SHORT)
+        _, reason = await echo.next("broken")
+        assert reason is LatchReason.QUALITY
+        weak = pair.packets(bob)
+        await asyncio.get_running_loop().sock_sendall(far, b"weakly")
+        echo.transport.write(b"secret")
+        await eventually(lambda: pair.packets(bob) > weak)
+        await eventually(lambda: bob.statistics().get("XfrmInPolBlock", 0) > 0)
+        assert echo.received == b"hello"
+        sent = Pair(bob, alice, SHORT, spis=[pair.spis[-1][::-1]])
+        assert sent.packets(alice, pair.spis[-1][1]) == 0, "nothing left by the weak SA"
+        for host in (alice, bob):
+            host.ip(*pair.states("delete"))
+        pair.suite, pair.spis[:] = GCM, [old]
+        await echo.next("restored")
+        async with asyncio.timeout(PATIENCE):
+            got = b""
+            while len(got) < 12:
+                got += await asyncio.get_running_loop().sock_recv(far, 100)
+        assert sorted(got) == sorted(b"secretweakly")
 
 
 async def test_what_ike_does_to_it(bob: Host, alice: Host) -> None:
