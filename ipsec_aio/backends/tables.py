@@ -49,8 +49,8 @@ class _Subscriber:
         self.due = False
 
     def run(self) -> None:
-        self.due = False
-        if self.callback is not None:
+        due, self.due = self.due, False
+        if due and self.callback is not None:
             self.callback()
 
 
@@ -132,6 +132,15 @@ class TableBackend(Backend):
                 for subscriber in list(self._subscribers):
                     self._call(subscriber)
             self._arm()
+
+    def tell(self) -> None:
+        """Call back now who would be soon: for what the loop itself calls, so that nobody's code
+        is interrupted. What is read later in this turn of the loop is judged by the news.
+        """
+        loop = asyncio.get_running_loop()
+        for subscriber in list(self._subscribers):
+            if subscriber.loop is loop:
+                subscriber.run()
 
     def set_generation(self, generation: int) -> None:
         """Tell the stamp's generation, 0 for none that is verified."""

@@ -99,6 +99,7 @@ class XfrmBackend(TableBackend):
             raise BackendUnavailable(errno.EINVAL, "a backend is started once")
         self.bind_loop()
         self._poll = select.epoll()
+        asyncio.get_running_loop().add_reader(self._poll.fileno(), self._hear)
         try:
             await self._load_repeatedly(_OPEN_TRIES)
             self._check_namespace()
@@ -192,6 +193,11 @@ class XfrmBackend(TableBackend):
         await super().aclose()
 
     # Events
+
+    def _hear(self) -> None:
+        """Some source of facts is readable."""
+        self.drain()
+        self.tell()
 
     def _take_in(self) -> None:
         self._stamp.refresh()
@@ -299,7 +305,7 @@ class XfrmBackend(TableBackend):
         self._doubt_everything()
         self._check_namespace()
         assert self._poll is not None  # noqa: S101
-        sockets = _Sockets(self._factory, self._take_event, self.drain, self._poll)
+        sockets = _Sockets(self._factory, self._take_event, self._poll)
         self._sockets = sockets
         with _collector_off(), closing(XfrmDumps(factory=self._factory)) as dumps:
             for build in (xfrm.dump_sas, xfrm.dump_policies):
@@ -326,11 +332,13 @@ class XfrmBackend(TableBackend):
         """Close them under the lock: who reads a token in another thread asks by them."""
         sockets, self._sockets = self._sockets, None
         if sockets is not None:
-            sockets.close(unwatch=not (self.resolver.stale or sockets.loop.is_closed()))
+            sockets.close()
 
     def _close_poll(self) -> None:
         poll, self._poll = self._poll, None
         if poll is not None:
+            if self.loop is not None and not (self.resolver.stale or self.loop.is_closed()):
+                self.loop.remove_reader(poll.fileno())
             poll.close()
 
     def _check_namespace(self) -> None:
@@ -380,7 +388,6 @@ class _Sockets:
         self,
         factory: SocketFactory,
         take: Callable[[Event], None],
-        readable: Callable[[], None],
         poll: select.epoll,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -393,13 +400,9 @@ class _Sockets:
             opened.callback(self.links.close)
             for source in (self.events, self.links):
                 poll.register(source.fileno(), select.EPOLLIN)
-                self.loop.add_reader(source.fileno(), readable)
             self._opened = opened.pop_all()
 
-    def close(self, *, unwatch: bool) -> None:
-        if unwatch:
-            for source in (self.events, self.links):
-                self.loop.remove_reader(source.fileno())
+    def close(self) -> None:
         self._opened.close()
 
 

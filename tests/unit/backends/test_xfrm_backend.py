@@ -680,7 +680,8 @@ async def test_in_a_forked_child(kernel: FakeKernel, backend: XfrmBackend) -> No
 
 
 async def test_closed_in_a_forked_child(kernel: FakeKernel, backend: XfrmBackend) -> None:
-    watched = kernel.listening[0].fileno()
+    assert backend._poll is not None
+    watched = backend._poll.fileno()
     backend.resolver._forks -= 1  # what a fork comes to
     kernel.emit(m.message(m.FLUSHSA, b"\0"))
     backend.drain()
@@ -690,6 +691,29 @@ async def test_closed_in_a_forked_child(kernel: FakeKernel, backend: XfrmBackend
     assert all(s.closed for s in kernel.opened)
     with suppress(OSError):  # asyncio lets go, uvloop let go by itself
         asyncio.get_running_loop().remove_reader(watched)
+
+
+async def test_what_is_read_later_in_the_same_turn_is_judged_by_the_news(
+    kernel: FakeKernel, backend: XfrmBackend
+) -> None:
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    heard: list[str] = []
+
+    def read() -> None:
+        heard.append(two.recv(10).decode())
+        done.set_result(None)
+
+    unsubscribe = backend.subscribe(lambda: heard.append("news"))
+    one, two = socket.socketpair()
+    with one, two:
+        loop.add_reader(two, read)
+        kernel.emit(m.message(m.FLUSHSA, b"\0"))
+        one.send(b"data")
+        await done
+        loop.remove_reader(two)
+    unsubscribe()
+    assert heard == ["news", "data"]
 
 
 async def test_registrations_without_a_stamp(backend: XfrmBackend) -> None:
