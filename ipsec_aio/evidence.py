@@ -24,12 +24,16 @@ from .flow import Flow
 if TYPE_CHECKING:
     from .policy import Template
 
-__all__ = ["IPPROTO_TCP", "IPPROTO_UDP", "NEVER", "Evidence"]
+__all__ = ["IPPROTO_TCP", "IPPROTO_UDP", "LATE", "NEVER", "Evidence"]
 
 IPPROTO_TCP = 6
 IPPROTO_UDP = 17
 NEVER = -1
 """Less than every number of changes."""
+LATE = 5.0
+"""Seconds after which a mark is not resolved any more: removed SAs are known for twice as long, and
+then their numbers may be others'.
+"""
 _HOST = sys.byteorder
 
 

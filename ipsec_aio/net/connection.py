@@ -42,7 +42,7 @@ from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
-from ipsec_aio.evidence import IPPROTO_TCP, NEVER, Evidence
+from ipsec_aio.evidence import IPPROTO_TCP, LATE, NEVER, Evidence
 from ipsec_aio.flow import unmap
 from ipsec_aio.kernel.sockopts import examine, is_readable, read_mark
 
@@ -67,10 +67,8 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-__all__ = ["KNOWN_LIMIT", "LATE", "Connection", "Facts", "Judge"]
+__all__ = ["KNOWN_LIMIT", "Connection", "Facts", "Judge"]
 
-LATE = 5.0
-"""Seconds after which a stamp is not resolved any more: removed SAs are known for twice as long."""
 KNOWN_LIMIT = 4096
 """How many peers' tokens are kept for their next connections."""
 _AGAIN = 1.0

@@ -31,6 +31,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 from ipsec_aio.errors import ProtectionError
+from ipsec_aio.evidence import LATE
 from ipsec_aio.log import net_logger
 from ipsec_aio.tokens import PToken
 
@@ -132,6 +133,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._refusals = Refusals(self._counters)
         self._low_water, self._high_water = _limits(None, None)
         self._writing_paused = self._reading_paused = self._closing = False
+        self._paused_at = 0.0
         self._conn_lost = 0
         self.set_protocol(protocol)
         self._context = copy_context()
@@ -202,16 +204,21 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
     def pause_reading(self) -> None:
         """Deliver nothing until :meth:`resume_reading`; the kernel queues, and drops what is over.
 
-        What a callback's own wake-up has already received is kept and delivered then.
+        What a callback's own wake-up has already received is kept and delivered then. After more
+        than five seconds what the kernel has queued is UNKNOWN: it may be older than what is still
+        known of SAs that were removed.
         """
         if self.is_reading():
             self._reading_paused = self._interrupted = True
+            self._paused_at = self._loop.time()
             self._loop.remove_reader(self._fd)
 
     def resume_reading(self) -> None:
         """Deliver again."""
         if self._reading_paused and not self._closing:
             self._reading_paused = False
+            if self._loop.time() - self._paused_at > LATE:
+                self._witness.doubt_queue()
             self._loop.call_soon(self._start_reading, context=self._context)
 
     def _start_reading(self) -> None:

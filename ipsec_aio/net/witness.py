@@ -8,7 +8,7 @@ Rules:
 * A stamp covers a datagram only if it was verified before the datagram arrived, and the policies
   judge one only as they were then. What may have waited in the receive queue since before either
   changed is in doubt, until the queue was seen empty once, which is looked for at once
-  (:meth:`Witness.watch`) and then after each receiving.
+  (:meth:`Witness.watch`) and then after each receiving. So is what waits after a long pause.
 * A verdict is kept by its raw evidence (sender and control messages) as long as the backend's
   epoch and the stamp stay as they are. Kept are at most ``PROTECTED_LIMIT`` protected peers,
   ``CACHE_LIMIT`` clear ones, and as many that are UNKNOWN or refused: none of these kinds pushes
@@ -168,6 +168,12 @@ class Witness:
             self._enforcement.close()
         if self._registration is not None:
             self._registration.close()
+
+    def doubt_queue(self) -> None:
+        """Nobody knows any more how long what is in the receive queue has waited."""
+        self._covered, self._emptied = 0, NEVER
+        self._settled = False
+        self._cover()
 
     def _cover(self) -> None:
         now = self._stamp(), self._backend.policies
@@ -398,7 +404,7 @@ class Witness:
             if not local:
                 doubt = "the local address is not known"
             elif stamp and self._gap:
-                doubt = "it may have arrived before the stamp was in place"
+                doubt = "it may have waited for too long, or since before the stamp was in place"
             elif stamp and self._expects_mark and told.mark is None:
                 doubt = "no mark came with it"
             elif told.reassembled and self._tells_fragments:

@@ -14,7 +14,7 @@ from datagram_tools import HERE, Tokened, Witnessing, close, until
 from ipsec_aio import Assurance, Require, create_datagram_endpoint
 from ipsec_aio.evidence import Evidence
 from ipsec_aio.kernel import sockopts
-from ipsec_aio.net import witness
+from ipsec_aio.net import datagram, witness
 from ipsec_aio.tokens import PToken
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -198,6 +198,27 @@ class TestTime:
         assert early.assurance is Assurance.UNKNOWN
         assert "before the stamp" in early.audit_string
         assert late.assurance is Assurance.EXACT
+        await close(transport)
+
+    @pytest.mark.parametrize("long", [False, True])
+    async def test_what_waits_through_a_long_pause_is_in_doubt(
+        self, long: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its SA may be forgotten by now, and the SA's number another peer's."""
+        monkeypatch.setattr(datagram, "LATE", -1.0 if long else 600.0)
+        transport, protocol = await endpoint(backend_with_sa(), HERE)
+        there = transport.get_extra_info("sockname")
+        said = []
+        with marked(SPI) as sock:
+            for count in range(1, 4):
+                if count == 2:
+                    transport.pause_reading()
+                sock.sendto(b"x", there)
+                transport.resume_reading()
+                got = await protocol.log.until("data", count)
+                said.append(got[-1][2].assurance)
+        waited = Assurance.UNKNOWN if long else Assurance.EXACT
+        assert said == [Assurance.EXACT, waited, Assurance.EXACT]
         await close(transport)
 
     async def test_an_empty_queue_leaves_no_doubt(self) -> None:

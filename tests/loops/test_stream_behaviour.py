@@ -26,7 +26,7 @@ from stream_tools import (
 )
 
 import ipsec_aio
-from ipsec_aio import Require, mirror
+from ipsec_aio import Require, evidence, mirror
 from ipsec_aio.net import connection, listening
 from ipsec_aio.net.forward import ForwardingTransport
 from ipsec_aio.net.streams import create_server
@@ -442,7 +442,7 @@ async def test_an_upgrade_may_demand_more() -> None:
 @pytest.mark.parametrize("late", ["", "stamp", "time"])
 async def test_whose_tls_begins_late_is_in_doubt(late: str, monkeypatch: Any) -> None:
     """The peer decides when; meanwhile his SA's number may have become another's."""
-    assert 2 * connection.LATE <= mirror.TOMBSTONE_SECONDS
+    assert 2 * evidence.LATE <= mirror.TOMBSTONE_SECONDS
     monkeypatch.setattr(listening, "SETTLE", 0.0)
     if late == "time":
         monkeypatch.setattr(connection, "LATE", 0.0)

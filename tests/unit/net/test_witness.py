@@ -116,6 +116,9 @@ def test_a_tunnels_template_proves_nothing_of_what_was_put_together() -> None:
                 assert ("fragments" in backend.last.doubt) == (expected and size == 3000)
 
 
+WAITED = "it may have waited for too long, or since before the stamp was in place"
+
+
 def test_a_queue_seen_empty_vouches_for_what_comes_later_only() -> None:
     class Changing(Keeping):
         generation = 1
@@ -138,10 +141,10 @@ def test_a_queue_seen_empty_vouches_for_what_comes_later_only() -> None:
         sock.sendto(b"x", sock.getsockname())
         for _ in range(3):
             # What was received came before, and so may what is still queued.
-            assert doubt() == "it may have arrived before the stamp was in place"
+            assert doubt() == WAITED
         sock.recv(1)
         # Received before the queue was seen empty, judged before, too.
-        assert doubt() == "it may have arrived before the stamp was in place"
+        assert doubt() == WAITED
         assert doubt() == ""
 
 
