@@ -56,7 +56,10 @@ __all__ = ["BATCH", "DatagramTransport"]
 BATCH = SLOTS
 """Datagrams per wake-up, so that the loop's other work is not held up."""
 SPARSE = 8
-"""After a batch of one, so many wake-ups take a single datagram with recvmsg, then see again."""
+"""After a batch of one, so many wake-ups take a single datagram with recvmsg, then see again; after
+each further one twice as many, up to ``SPARSEST`` times that.
+"""
+SPARSEST = 64
 
 _IP_BUFFER = 65536
 _OTHER_BUFFER = 256 * 1024
@@ -122,7 +125,9 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._batch_kind = sock.family, self._receive_size, _CONTROL_BUFFER
         if runs_udp(sock):
             self._batch = batch_for(*self._batch_kind)
-        self._expected = self._sparse = 0
+        self._expected = 0
+        # How many wake-ups take a single datagram now, and after the next batch of one.
+        self._sparse, self._sparser = 0, SPARSE
         # What is being delivered: payloads still to come, and the entries of all.
         self._coming: Iterator[bytes] = iter(())
         self._entries: list[Entry] = []
@@ -277,14 +282,16 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         try:
             payloads, evidence, odd = batch.receive(self._fd, self._expected)
         except (BlockingIOError, InterruptedError):
-            self._sparse = SPARSE
+            self._thin_out()
             self._watch_again()
             return
         except OSError as exc:
             self._failed(exc)
             return
         if len(payloads) == 1:
-            self._sparse = SPARSE
+            self._thin_out()
+        else:
+            self._sparser = SPARSE
         witness = self._witness
         witness.look()
         if not (odd or self._backlog or self._waiting):
@@ -300,6 +307,10 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         judged = witness.judge_batch(evidence, odd)
         self._backlog.extend([(data, *each) for data, each in zip(payloads, judged, strict=True)])
         self._deliver()
+
+    def _thin_out(self) -> None:
+        self._sparse = self._sparser
+        self._sparser = min(2 * self._sparser, SPARSE * SPARSEST)
 
     def _receive_some(self) -> None:
         """Receive where there are no batches."""
