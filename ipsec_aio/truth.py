@@ -10,7 +10,8 @@ Rules:
 * Without a stamp the SPD is asked, and that is inference. It says nothing of what this host sends
   to itself, nor where interfaces, marks or NAT may have led the packet past it, nor of what may
   have been in its queue when policies changed.
-* "No SA" is no proof of clear traffic where one may have carried it.
+* "No SA" is no proof of clear traffic where one may have carried it. That the stamp names none is,
+  if it is in force at this moment: its loss is told only after packets have passed without it.
 * Hardware that decrypts whole packets hands them to the kernel's merging (GRO), which compares no
   security path: where an SA that may have carried it is offloaded so, nothing is known.
 * What a policy of the SPD or of the socket lets in may have come under any SA that it is content
@@ -81,6 +82,7 @@ class TruthTable:
       went;
     * ``identified``: whether anybody may know who is at the ends of an SA; only then what an
       inference rests on is worked out;
+    * ``stamp_stands``: asks whether no change of the stamp is under way of which nobody has told;
     * ``lookup_missing``: asks for one SA at once, and puts what is found into the mirror. True:
       the mirror now knows all about this key.
     """
@@ -92,6 +94,7 @@ class TruthTable:
         self.links_until = NEVER
         self.identified = False
         self.is_own: Callable[[bytes], bool] = _nobody
+        self.stamp_stands: Callable[[], bool] = _standing
         self.lookup_missing: Callable[[SAKey], bool] = _no_answer
 
     def judge(self, evidence: Evidence) -> Finding:
@@ -110,8 +113,13 @@ class TruthTable:
         """Whether evidence with other ports is judged alike until the mirror's epoch changes.
 
         By a stamp it is, where no SA with its number asks for ports: more would change the epoch.
+        What came with no number, though an SA may have carried it, is looked at each time.
         """
-        return evidence.generation > 0 and not any(
+        if not evidence.generation:
+            return False
+        if not evidence.mark:
+            return not self._may_have_carried(evidence)
+        return not any(
             record.sa.selector.names_ports
             for index in (self.mirror.sad, self.mirror.graveyard)
             for record in index.numbered(evidence.spi)
@@ -155,6 +163,8 @@ class TruthTable:
         hidden = self._hidden(evidence)
         if hidden:
             return Finding(unknown(hidden))
+        if self._may_have_carried(evidence) and not self.stamp_stands():
+            return Finding(unknown("the stamp may just have been lost"))
         return Finding(CLEAR)
 
     def _by_spi(self, evidence: Evidence) -> Finding:
@@ -317,17 +327,21 @@ class TruthTable:
             return unknown("policies with the same priority contradict each other")
         if not ties and mirror.defaults.inbound is PolicyAction.BLOCK:
             return unknown("no policy lets this traffic in")
-        if any(
+        if self._may_have_carried(evidence):
+            return unknown("an SA may have carried it, and no policy demands one")
+        return CLEAR
+
+    def _may_have_carried(self, evidence: Evidence) -> bool:
+        """Whether any SA may have, by addresses and selectors."""
+        return any(
             _carries(record.sa, evidence)
-            for index in (mirror.sad, mirror.graveyard)
+            for index in (self.mirror.sad, self.mirror.graveyard)
             for records in (
                 index.transports(evidence.peer, evidence.local),
                 index.admitting(evidence.peer, evidence.local),
             )
             for record in records
-        ):
-            return unknown("an SA may have carried it, and no policy demands one")
-        return CLEAR
+        )
 
     def _by_policy(self, policies: list[Policy], evidence: Evidence) -> Finding:
         if evidence.peer == evidence.local or self._was_own(evidence.peer, evidence):
@@ -461,6 +475,10 @@ def _ports(selectors: Iterable[Selector], evidence: Evidence) -> tuple[int, int,
 def _nobody(address: bytes) -> bool:
     del address
     return False
+
+
+def _standing() -> bool:
+    return True
 
 
 def _no_answer(key: SAKey) -> bool:

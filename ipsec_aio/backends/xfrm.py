@@ -72,6 +72,7 @@ class XfrmBackend(TableBackend):
     ) -> None:
         super().__init__(trust_policy=trust_policy)
         self.resolver.is_own = self._is_own
+        self.resolver.stamp_stands = self._stamp_stands
         self._factory = socket_factory
         self._loading = False
         self._lost = False
@@ -367,6 +368,9 @@ class XfrmBackend(TableBackend):
             # The ports may have changed under one generation.
             self.mirror.bump()
             self.changed()
+
+    def _stamp_stands(self) -> bool:
+        return self._stamp.stands()
 
     def _mark_users(self) -> MarkUsers:
         return mark_users(filter(self._may_be_inbound, self.mirror.sas()), self.mirror.spd)

@@ -29,7 +29,7 @@ from typing import Literal, TypeAlias
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
 
 from . import stamp_table
-from .nfnetlink import EventSocket, Message, NftSocket, nft
+from .nfnetlink import EventSocket, Message, NftError, NftSocket, nft, number
 from .sockopts import receive_marks
 from .stamp_foreign import ForeignTable, is_late, own_table
 from .stamp_marks import MarkUsers
@@ -123,6 +123,14 @@ class Stamp:
         Call it after receiving and before evidence is judged. It may call ``on_change``.
         """
 
+    def stands(self) -> bool:
+        """Say whether no change of the rules is under way that :meth:`refresh` has not seen.
+
+        One request to the kernel. Packets pass under new rules before their event is sent. It may
+        have ``on_change`` called once that has come.
+        """
+        return True
+
     def filenos(self) -> tuple[int, ...]:
         """The descriptors of which one is readable while :meth:`refresh` has news to take in."""
         return ()
@@ -160,6 +168,10 @@ class KernelStamp(Stamp):
         self._found = MarkUsers()
         self._state = TableState()
         self._unread = False
+        # The number of the last transaction of which the kernel has told, and whether it was
+        # another one when somebody asked.
+        self._transaction = 0
+        self._overtaken = False
         self._retry: asyncio.TimerHandle | None = None
         self._refusal: BackendError | None = None
         self._sysctl_refusal: BackendError | None = None
@@ -187,6 +199,8 @@ class KernelStamp(Stamp):
         """Take or install the stamp and watch it. Raises as the mode demands."""
         for descriptor in self.filenos():
             self._loop.add_reader(descriptor, self.refresh)
+        # Read first: of what comes between, the events tell.
+        self._transaction = self._latest_transaction()
         self._verify(lost=False)
         if self._mode != "use" and self._problem:
             raise self._refusal or self._why(self._problem)
@@ -239,6 +253,13 @@ class KernelStamp(Stamp):
             self._on_change()
         return coverage
 
+    def stands(self) -> bool:
+        if self._unusable:
+            return False
+        stands = self._latest_transaction() == self._transaction
+        self._overtaken = self._overtaken or not stands
+        return stands
+
     def filenos(self) -> tuple[int, ...]:
         return self._events.fileno(), self._routing.fileno()
 
@@ -261,6 +282,10 @@ class KernelStamp(Stamp):
             return
         if change := self._news():
             self._verify(lost=change is _Change.LOST)
+        if self._overtaken and self.stands():
+            # What was answered meanwhile may be answered otherwise now.
+            self._overtaken = False
+            self._on_change()
         self._routing.drain()
         self._check_tcp()
 
@@ -310,11 +335,22 @@ class KernelStamp(Stamp):
         try:
             events = self._events.read()
             if events is not None:
+                for event in events:
+                    if event.kind == nft.NFT_MSG_NEWGEN:
+                        self._transaction = number(event.attributes.get("NFTA_GEN_ID"))
                 least = _Change.LOOK if events and self._unread else _Change.NOTHING
                 return max(least, *map(self._weigh, events), _Change.NOTHING)
         except (CodecError, OSError):
             pass
+        self._transaction = self._latest_transaction()
         return _Change.LOST
+
+    def _latest_transaction(self) -> int:
+        """Ask for its number; -1 where nobody answers."""
+        try:
+            return self._netlink.generation_id()
+        except NftError:
+            return -1
 
     def _weigh(self, event: Message) -> _Change:
         if event.portid == self._netlink.portid or event.kind == nft.NFT_MSG_NEWGEN:

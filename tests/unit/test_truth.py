@@ -114,6 +114,30 @@ def test_no_security_path_is_clear():
     assert bench(seen(0x1001)) is EXACT
 
 
+@pytest.mark.parametrize("buried", [False, True])
+@pytest.mark.parametrize("sa", [esp(), tunnel(), ah()])
+def test_no_security_path_is_clear_only_while_the_stamp_stands(sa, buried):
+    """Packets pass without it before anybody is told."""
+    bench = Bench(sa)
+    if buried:
+        bench.remove(sa)
+    stands = True
+    bench.table.stamp_stands = lambda: stands
+    assert bench(seen(0)) is NONE
+    stands = False
+    verdict = bench.judge(seen(0))
+    assert verdict.assurance is UNKNOWN
+    assert "just have been lost" in verdict.reason
+    assert not bench.table.ignores_ports(seen(0))
+
+
+def test_whom_no_sa_can_have_carried_is_clear_and_nobody_is_asked():
+    bench = Bench(esp(source=OTHER), comp(), larval())
+    bench.table.stamp_stands = lambda: pytest.fail("asked")
+    assert bench(seen(0)) is NONE
+    assert bench.table.ignores_ports(seen(0))
+
+
 def test_doubt_is_the_end_of_it():
     verdict = Bench(esp()).judge(seen(0x1001, doubt="truncated"))
     assert (verdict.assurance, verdict.reason) == (UNKNOWN, "truncated")
@@ -819,7 +843,6 @@ def test_ports_are_ignored_where_no_sa_with_the_number_asks_for_them():
     bench = Bench(esp(), tunnel(0x1002, selector=asking), tunnel(0x1003, selector=_ported()))
     ignores = bench.table.ignores_ports
     assert ignores(seen(0x1001))
-    assert ignores(seen(0))
     assert ignores(seen(0x1003))
     assert not ignores(seen(0x1002))
     # Policies may ask for ports, too.

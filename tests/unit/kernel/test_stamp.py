@@ -203,6 +203,49 @@ async def test_flushed_stamp_is_noticed_at_once_and_taken_again(
     assert stamp_table.read(admin).ports == {(UDP, 5000)}
 
 
+async def test_whether_it_stands_is_known_before_anybody_is_told(
+    opened: Open, admin: NftSocket
+) -> None:
+    persistent(admin, 5000)
+    changes: list[int] = []
+    stamp: Stamp = await opened("use", on_change=lambda: changes.append(stamp.generation))
+    covered = stamp.cover(UDP, 5000)
+    stamp.refresh()
+    changes.clear()
+    assert stamp.stands()
+    flush_ruleset(admin)
+    assert covered.generation
+    assert not stamp.stands()
+    stamp.refresh()
+    assert stamp.stands()
+    assert set(changes) == {0}
+    stamp.close()
+    assert not stamp.stands()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_what_others_do_meanwhile_is_told_once_it_is_known(
+    opened: Open, admin: NftSocket, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Who was not sure because of it asks again then."""
+    changes: list[int] = []
+    stamp = await opened("install", on_change=lambda: changes.append(1))
+    assert isinstance(stamp, KernelStamp)
+    stamp.refresh()
+    assert stamp.stands()
+    admin.commit([table("foreign")])
+    stamp.refresh()
+    assert stamp.stands()
+    assert changes == []
+    admin.commit([Request(nft.NFT_MSG_DELTABLE, [("NFTA_TABLE_NAME", "foreign")])])
+    assert not stamp.stands()
+    if lost:
+        monkeypatch.setattr(stamp._events, "read", lambda: None)
+    stamp.refresh()
+    assert changes
+    assert stamp.stands()
+
+
 async def test_loss_between_two_looks_costs_the_generation(opened: Open, admin: NftSocket) -> None:
     persistent(admin, 5000)
     stamp = await opened("use")
