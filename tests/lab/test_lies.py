@@ -64,12 +64,12 @@ async def test_a_stamp_that_is_lost(bob: Host, alice: Host, monkeypatch, guarded
     """Who does not watch it goes on to believe marks that nobody clears any more."""
     pair = protect(alice, bob, policies=False)
     mark = mark_of(pair.spi(bob))
-    if not guarded:
-        monkeypatch.setattr(KernelStamp, "_news", lambda stamp: 0)
     with lasting_stamp() as netlink:
         async with serving((bob.v4, PORT), stamp="use") as sink:
             forge(bob, alice.v4, bob.v4, mark, b"before")
             assert (await sink.next(b"before", alice.v4)).assurance is Assurance.NONE
+            if not guarded:
+                monkeypatch.setattr(KernelStamp, "_news", lambda stamp: 0)
             stamp_table.remove(netlink)
             forge(bob, alice.v4, bob.v4, mark, b"after")
             ptoken = await sink.next(b"after", alice.v4)
@@ -77,6 +77,27 @@ async def test_a_stamp_that_is_lost(bob: Host, alice: Host, monkeypatch, guarded
             if guarded:
                 assert ptoken.assurance is Assurance.UNKNOWN
     assert pair.packets(bob) == 0
+
+
+@GUARDED
+async def test_a_stamp_whose_loss_nobody_has_told_yet(bob: Host, alice: Host, monkeypatch, guarded):
+    """What comes under an SA is not marked any more, and would pass for clear."""
+    pair = protect(alice, bob, policies=False)
+    pair.demand(alice)
+    with lasting_stamp() as netlink:
+        async with serving((bob.v4, PORT), stamp="use") as sink:
+            with alice.udp() as sock:
+                sock.sendto(b"before", (bob.v4, PORT))
+                assert believed(await sink.next(b"before", alice.v4))
+                monkeypatch.setattr(KernelStamp, "_news", lambda stamp: 0)
+                if not guarded:
+                    monkeypatch.setattr(KernelStamp, "stands", lambda stamp: True)
+                stamp_table.remove(netlink)
+                sock.sendto(b"after", (bob.v4, PORT))
+                ptoken = await sink.next(b"after", alice.v4)
+            assert ptoken.assurance is (Assurance.UNKNOWN if guarded else Assurance.NONE)
+            assert "just have been lost" in ptoken.information_string or not guarded
+    assert pair.packets(bob) == 2
 
 
 @GUARDED
