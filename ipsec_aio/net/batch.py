@@ -272,6 +272,8 @@ def _recvmmsg() -> Callable[..., int] | None:
         return None
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with near, far:
+        # This runs on a loop, where tools report what is sent on blocking sockets.
+        far.setblocking(False)
         sent = [b"one", b"", b"three"]
         for data in sent:
             far.send(data)

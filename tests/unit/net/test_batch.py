@@ -253,6 +253,25 @@ def test_it_stands_back_where_the_call_or_its_layout_is_missing(
 
 
 @pytest.mark.usefixtures("unknown")
+def test_the_trial_uses_no_blocking_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[float | None] = []
+
+    class Socket(socket.socket):
+        def send(self, *arguments: Any) -> int:
+            sent.append(self.gettimeout())
+            return super().send(*arguments)
+
+    def socketpair(*kind: int) -> tuple[Socket, Socket]:
+        near, far = real(*kind)
+        return Socket(fileno=near.detach()), Socket(fileno=far.detach())
+
+    real = socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", socketpair)
+    assert batch_for(socket.AF_INET, 65536) is not None
+    assert set(sent) == {0}
+
+
+@pytest.mark.usefixtures("unknown")
 def test_it_stands_back_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch.sys, "platform", "darwin")  # type: ignore[attr-defined]
     assert batch_for(socket.AF_INET, 65536) is None
