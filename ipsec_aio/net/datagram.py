@@ -97,7 +97,6 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         deadline: float = 1.0,
         waiter: asyncio.Future[None] | None = None,
     ) -> None:
-        witness.watch()
         self._sockname = _name(sock.getsockname)
         self._peer = _name(sock.getpeername)
         super().__init__(
@@ -108,7 +107,6 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             }
         )
         self._loop = loop
-        self._sock = sock
         self._fd = sock.fileno()
         self._witness = witness
         self._address = address
@@ -141,6 +139,9 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._paused_at = 0.0
         self._conn_lost = 0
         self.set_protocol(protocol)
+        # The socket stays the caller's, and nothing is watched, until nothing more can fail.
+        self._sock = sock
+        witness.watch()
         self._context = copy_context()
         loop.call_soon(self._connection_made, context=self._context)
         loop.call_soon(self._start_reading, context=self._context)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from datagram_tools import HERE, Plain, Tokened, Witnessing, close, memory
 
 import ipsec_aio
 from ipsec_aio import Assurance, create_datagram_endpoint, set_default_backend
-from ipsec_aio.net import endpoints
+from ipsec_aio.net import datagram, endpoints
 
 
 def free_port() -> int:
@@ -145,6 +146,33 @@ class TestArguments:
             with pytest.raises(ZeroDivisionError):
                 await create_datagram_endpoint(fail, sock=sock, backend=memory())
             sock.bind(HERE)
+
+    async def test_a_transport_that_cannot_be_made_leaves_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+    ) -> None:
+        watching = 0
+
+        class Watched(Witnessing):
+            def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+                nonlocal watching
+                watching += 1
+                return super().subscribe(callback)
+
+        def no_memory(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(datagram, "batch_for", no_memory)
+        backend = Watched()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(HERE)
+            for options in ({"local_addr": HERE}, {"sock": sock}):
+                with pytest.raises(MemoryError):
+                    await create_datagram_endpoint(Plain, **options, backend=backend)
+            # Nor does what was made of it say that it was not closed.
+            gc.collect()
+            assert sock.fileno() >= 0
+        assert watching == 0
+        assert [stamp.closed for stamp in backend.stamps] == [True, True]
 
     @pytest.mark.parametrize(
         ("result", "message"),
