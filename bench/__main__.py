@@ -179,7 +179,7 @@ class Bench:
         for name, make in LOOPS.items():
             servers = {
                 f"{name}, stock": Server(make(), None),
-                f"{name}, ours": Server(make(), facts(1)),
+                f"{name}, ours": Server(make(), facts(0)),
             }
 
             def sample(server: Server) -> float:
