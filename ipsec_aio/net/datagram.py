@@ -57,9 +57,9 @@ BATCH = SLOTS
 """Datagrams per wake-up, so that the loop's other work is not held up."""
 SPARSE = 8
 """After a batch of one, so many wake-ups take a single datagram with recvmsg, then see again; after
-each further one twice as many, up to ``SPARSEST`` times that.
+each further one twice as many, up to ``SPARSEST``.
 """
-SPARSEST = 64
+SPARSEST = 512
 
 _IP_BUFFER = 65536
 _OTHER_BUFFER = 256 * 1024
@@ -311,7 +311,7 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
 
     def _thin_out(self) -> None:
         self._sparse = self._sparser
-        self._sparser = min(2 * self._sparser, SPARSE * SPARSEST)
+        self._sparser = min(2 * self._sparser, SPARSEST)
 
     def _receive_some(self) -> None:
         """Receive where there are no batches."""

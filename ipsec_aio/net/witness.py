@@ -137,6 +137,8 @@ class Witness:
         self._settled = False
         self._state: object = None
         self._gap = False
+        # Whether what is in the queue may have waited for long, and whether what is judged may.
+        self._waits = self._late = False
         self._unsubscribe: Callable[[], None] = _nothing
         self._configured: int | None = None
         self._readable = self._expects_mark = self._tells_fragments = False
@@ -171,7 +173,7 @@ class Witness:
 
     def doubt_queue(self) -> None:
         """Nobody knows any more how long what is in the receive queue has waited."""
-        self._covered, self._emptied = 0, NEVER
+        self._waits = True
         self._settled = False
         self._cover()
 
@@ -179,11 +181,12 @@ class Witness:
         now = self._stamp(), self._backend.policies
         # In this order: what arrives after the queue was seen empty arrived after both.
         if (
-            now != (self._covered, self._emptied)
+            (self._waits or now != (self._covered, self._emptied))
             and not self._doubt
             and not is_readable(self._sock)
         ):
             self._covered, self._emptied = now
+            self._waits = False
 
     def look(self) -> None:
         """Take in what the backend knows by now: after receiving, before judging."""
@@ -203,9 +206,9 @@ class Witness:
 
     def _look_closely(self, epoch: int) -> None:
         generation, covered = self._stamp(), self._covered
-        policies, emptied = self._backend.policies, self._emptied
+        policies, emptied, waits = self._backend.policies, self._emptied, self._waits
         version = 0 if self._enforcement is None else self._enforcement.version
-        state = epoch, version, generation, covered, emptied
+        state = epoch, version, generation, covered, emptied, waits
         if state != self._state:
             self._state = state
             self._epoch, self._version = epoch, version
@@ -213,12 +216,13 @@ class Witness:
             self._after = emptied
             # A stamp that is lost and restored has another generation: nothing was in between.
             self._gap = generation not in (0, covered)
+            self._late = waits
             self._forget()
-        if generation != covered or policies != emptied:
+        covers = generation == covered and policies == emptied and not waits
+        if not covers:
             self._cover()
         if not self._port:
             self._locate()
-        covers = generation == covered and policies == emptied
         self._settled = bool(self._doubt) or (covers and self._port > 0)
 
     def welcome(self, evidence: Sequence[bytes]) -> tuple[list[Entry], int] | None:
@@ -403,8 +407,10 @@ class Witness:
         if not doubt:
             if not local:
                 doubt = "the local address is not known"
+            elif self._late:
+                doubt = "it may have waited for so long that its SA is forgotten"
             elif stamp and self._gap:
-                doubt = "it may have waited for too long, or since before the stamp was in place"
+                doubt = "it may have arrived before the stamp was in place"
             elif stamp and self._expects_mark and told.mark is None:
                 doubt = "no mark came with it"
             elif told.reassembled and self._tells_fragments:

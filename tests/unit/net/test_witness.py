@@ -116,7 +116,38 @@ def test_a_tunnels_template_proves_nothing_of_what_was_put_together() -> None:
                 assert ("fragments" in backend.last.doubt) == (expected and size == 3000)
 
 
-WAITED = "it may have waited for too long, or since before the stamp was in place"
+@pytest.mark.parametrize("enforced", [False, True])
+def test_what_waited_for_long_is_in_doubt_however_it_came(enforced: bool) -> None:
+    """A policy of the socket's own lets nothing clear in, but whose it was is forgotten."""
+
+    class Demanding:
+        version = 0
+        outbound = None
+        template = Template()
+
+        def objection(self, evidence: Evidence, *, whole: bool = False) -> str:
+            return ""
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        backend = Asked()
+        enforcement: Any = Demanding() if enforced else None
+        witness = Witness(sock, backend, enforcement=enforcement)
+
+        def doubt() -> str:
+            witness.look()
+            witness.judge(("127.0.0.1", 1), [], 0)
+            return backend.last.doubt
+
+        assert doubt() == ""
+        witness.doubt_queue()
+        assert doubt() == ""  # nothing was in it
+        sock.sendto(b"x", sock.getsockname())
+        witness.doubt_queue()
+        assert "waited for so long" in doubt()
+        sock.recv(1)
+        assert "waited for so long" in doubt()
+        assert doubt() == ""
 
 
 def test_a_queue_seen_empty_vouches_for_what_comes_later_only() -> None:
@@ -141,10 +172,10 @@ def test_a_queue_seen_empty_vouches_for_what_comes_later_only() -> None:
         sock.sendto(b"x", sock.getsockname())
         for _ in range(3):
             # What was received came before, and so may what is still queued.
-            assert doubt() == WAITED
+            assert doubt() == "it may have arrived before the stamp was in place"
         sock.recv(1)
         # Received before the queue was seen empty, judged before, too.
-        assert doubt() == WAITED
+        assert doubt() == "it may have arrived before the stamp was in place"
         assert doubt() == ""
 
 
