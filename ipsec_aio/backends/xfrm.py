@@ -100,8 +100,8 @@ class XfrmBackend(TableBackend):
             raise BackendUnavailable(errno.EINVAL, "a backend is started once")
         self.bind_loop()
         self._poll = select.epoll()
-        asyncio.get_running_loop().add_reader(self._poll.fileno(), self._hear)
         try:
+            asyncio.get_running_loop().add_reader(self._poll.fileno(), self._hear)
             await self._load_repeatedly(_OPEN_TRIES)
             self._check_namespace()
             self._stamp = await open_stamp(

@@ -170,7 +170,7 @@ class KernelStamp(Stamp):
         self._unread = False
         # The number of the last transaction of which the kernel has told, and whether it was
         # another one when somebody asked.
-        self._transaction = 0
+        self._transaction: int | None = None
         self._overtaken = False
         self._retry: asyncio.TimerHandle | None = None
         self._refusal: BackendError | None = None
@@ -196,9 +196,7 @@ class KernelStamp(Stamp):
         self._sysctl = FwmarkAccept()
 
     def start(self, on_change: Callable[[], None]) -> None:
-        """Take or install the stamp and watch it. Raises as the mode demands."""
-        for descriptor in self.filenos():
-            self._loop.add_reader(descriptor, self.refresh)
+        """Take or install the stamp. Raises as the mode demands."""
         # Read first: of what comes between, the events tell.
         self._transaction = self._latest_transaction()
         self._verify(lost=False)
@@ -256,7 +254,8 @@ class KernelStamp(Stamp):
     def stands(self) -> bool:
         if self._unusable:
             return False
-        stands = self._latest_transaction() == self._transaction
+        latest = self._latest_transaction()
+        stands = latest is not None and latest == self._transaction
         self._overtaken = self._overtaken or not stands
         return stands
 
@@ -321,9 +320,6 @@ class KernelStamp(Stamp):
         return self._closed or os.getpid() != self._process
 
     def _withdraw(self) -> None:
-        if not self._loop.is_closed():
-            for descriptor in self.filenos():
-                self._loop.remove_reader(descriptor)
         with suppress(BackendError):
             if self._owned:
                 stamp_table.remove(self._netlink)
@@ -345,12 +341,12 @@ class KernelStamp(Stamp):
         self._transaction = self._latest_transaction()
         return _Change.LOST
 
-    def _latest_transaction(self) -> int:
-        """Ask for its number; -1 where nobody answers."""
+    def _latest_transaction(self) -> int | None:
+        """Ask for its number; None where nobody answers."""
         try:
             return self._netlink.generation_id()
         except NftError:
-            return -1
+            return None
 
     def _weigh(self, event: Message) -> _Change:
         if event.portid == self._netlink.portid or event.kind == nft.NFT_MSG_NEWGEN:
@@ -489,7 +485,9 @@ async def open_stamp(
     marks: Callable[[], MarkUsers] = MarkUsers,
     on_change: Callable[[], None] = lambda: None,
 ) -> Stamp:
-    """Open the stamp of this thread's network namespace, watched by the running loop.
+    """Open the stamp of this thread's network namespace.
+
+    Who opens it watches :meth:`Stamp.filenos`; the running loop has its timers.
 
     ``mode``: ``"use"`` takes it where it is installed, and notices when it comes later;
     ``"install"`` installs it where absent, so that it goes with this process; ``"require"`` fails

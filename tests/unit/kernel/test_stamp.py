@@ -63,14 +63,24 @@ def admin() -> Iterator[NftSocket]:
 
 @pytest.fixture
 async def opened() -> AsyncIterator[Open]:
-    """Open stamps that are closed with the test."""
+    """Open stamps that are watched, and closed with the test."""
+    loop = asyncio.get_running_loop()
     stamps: list[Stamp] = []
+    watched: list[int] = []
 
     async def open_one(mode: StampMode, **arguments: Any) -> Stamp:
-        stamps.append(await open_stamp(mode, **arguments))
-        return stamps[-1]
+        stamp = await open_stamp(mode, **arguments)
+        stamps.append(stamp)
+        for descriptor in stamp.filenos():
+            # Of our own, since a test may close the stamp.
+            watched.append(os.dup(descriptor))
+            loop.add_reader(watched[-1], stamp.refresh)
+        return stamp
 
     yield open_one
+    for descriptor in watched:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
     for stamp in stamps:
         stamp.close()
 
@@ -181,16 +191,23 @@ async def test_owned_table_survives_a_flush(opened: Open, admin: NftSocket) -> N
     assert not stamp_table.read(admin).problem
 
 
-async def test_flushed_stamp_is_noticed_at_once_and_taken_again(
-    opened: Open, admin: NftSocket
-) -> None:
+async def using(opened: Open, admin: NftSocket) -> tuple[Stamp, Coverage, list[int]]:
+    """A persistent stamp in use: it, a port that it covers, and its generations from now on."""
     persistent(admin, 5000)
     changes: list[int] = []
     stamp: Stamp = await opened("use", on_change=lambda: changes.append(stamp.generation))
     covered = stamp.cover(UDP, 5000)
+    stamp.refresh()
+    changes.clear()
+    return stamp, covered, changes
+
+
+async def test_flushed_stamp_is_noticed_at_once_and_taken_again(
+    opened: Open, admin: NftSocket
+) -> None:
+    stamp, covered, changes = await using(opened, admin)
     first = covered.generation
     assert first
-    changes.clear()
     flush_ruleset(admin)
     assert covered.generation == first
     stamp.refresh()
@@ -206,12 +223,7 @@ async def test_flushed_stamp_is_noticed_at_once_and_taken_again(
 async def test_whether_it_stands_is_known_before_anybody_is_told(
     opened: Open, admin: NftSocket
 ) -> None:
-    persistent(admin, 5000)
-    changes: list[int] = []
-    stamp: Stamp = await opened("use", on_change=lambda: changes.append(stamp.generation))
-    covered = stamp.cover(UDP, 5000)
-    stamp.refresh()
-    changes.clear()
+    stamp, covered, changes = await using(opened, admin)
     assert stamp.stands()
     flush_ruleset(admin)
     assert covered.generation
@@ -220,6 +232,17 @@ async def test_whether_it_stands_is_known_before_anybody_is_told(
     assert stamp.stands()
     assert set(changes) == {0}
     stamp.close()
+    assert not stamp.stands()
+
+
+async def test_it_does_not_stand_where_nobody_ever_answered(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(netlink: NftSocket) -> int:
+        raise nfnetlink.NftError(errno.ENOMEM)
+
+    monkeypatch.setattr(NftSocket, "generation_id", fails)
+    stamp = await opened("use")
     assert not stamp.stands()
 
 
