@@ -159,6 +159,54 @@ async def answer(client: socket.socket) -> bytes:
         return await asyncio.get_running_loop().sock_recv(client, 100)
 
 
+async def drops_foreign(pair: Pair, echo: Echo, far: socket.socket) -> tuple[tuple[int, int], Pair]:
+    """What the far end sends by its new SA comes in by one of another reqid here, and stops at the
+    kernel. Returns the SPIs of the first SAs, and the foreign pair.
+    """
+    bob = pair.two
+    pair.rekey()
+    old, (to_bob, _) = pair.spis
+    spare = Pair(pair.one, bob, GCM, pair.mode, pair.family, FOREIGN, spis=[pair.spis[-1]])
+    bob.ip(pair.states("delete")[0], spare.states("add")[0])
+    before = bob.statistics().get("XfrmInTmplMismatch", 0)
+    await asyncio.get_running_loop().sock_sendall(far, b"foreign")
+    await eventually(lambda: bob.statistics().get("XfrmInTmplMismatch", 0) > before)
+    assert spare.packets(bob, to_bob) > 0, "it was decrypted, and then dropped"
+    assert echo.received == b"hello"
+    assert echo.said.empty()
+    return old, spare
+
+
+async def a_weaker_one_breaks_it(pair: Pair, echo: Echo, far: socket.socket) -> None:
+    """Nothing passes either way until the good SA is used again."""
+    alice, bob, old = pair.one, pair.two, pair.spis[0]
+    pair.rekey(suite=SHORT)
+    _, reason = await echo.next("broken")
+    assert reason is LatchReason.QUALITY
+    weak = pair.packets(bob)
+    await asyncio.get_running_loop().sock_sendall(far, b"weakly")
+    echo.transport.write(b"secret")
+    await eventually(lambda: pair.packets(bob) > weak)
+    await eventually(lambda: bob.statistics().get("XfrmInPolBlock", 0) > 0)
+    assert echo.received == b"hello"
+    sent = Pair(bob, alice, SHORT, spis=[pair.spis[-1][::-1]])
+    assert sent.packets(alice, pair.spis[-1][1]) == 0, "nothing left by the weak SA"
+    for host in (alice, bob):
+        host.ip(*pair.states("delete"))
+    pair.suite, pair.spis[:] = GCM, [old]
+    await echo.next("restored")
+    await receives(far, b"secretweakly")
+
+
+async def receives(far: socket.socket, expected: bytes) -> None:
+    """All of these bytes come, in whatever order they were sent again."""
+    got = b""
+    async with asyncio.timeout(PATIENCE):
+        while len(got) < len(expected):
+            got += await asyncio.get_running_loop().sock_recv(far, 100)
+    assert sorted(got) == sorted(expected)
+
+
 async def elsewhere(host: Host, *lines: str) -> None:
     """Have ``ip`` carry out lines while the loop runs on."""
     await asyncio.get_running_loop().run_in_executor(None, host.ip, *lines)
@@ -212,18 +260,8 @@ async def test_what_comes_by_a_foreign_reqid_stops_at_the_kernel(
         assert token.assurance is Assurance.EXACT
         status = echo.status
         assert (status.state, status.held_by) == (LatchState.ESTABLISHED, "kernel")
-        # What alice sends by her new SA comes in by one of another reqid here.
-        pair.rekey()
-        old, (to_bob, _) = pair.spis
-        spare = Pair(alice, bob, GCM, mode, family, FOREIGN, spis=[pair.spis[-1]])
-        bob.ip(pair.states("delete")[0], spare.states("add")[0])
-        before = bob.statistics().get("XfrmInTmplMismatch", 0)
-        await asyncio.get_running_loop().sock_sendall(client, b"foreign")
-        await eventually(lambda: bob.statistics().get("XfrmInTmplMismatch", 0) > before)
-        assert spare.packets(bob, to_bob) > 0, "it was decrypted, and then dropped"
-        assert echo.received == b"hello"
+        old, spare = await drops_foreign(pair, echo, client)
         assert echo.status.state is LatchState.ESTABLISHED
-        assert echo.said.empty()
         # By her first SA again, the same bytes get through.
         for host in (alice, bob):
             host.ip(*spare.states("delete"))
@@ -296,28 +334,7 @@ async def test_breaks_and_restores_are_told_at_once(
 async def test_a_weaker_rekey_breaks_and_nothing_passes(bob: Host, alice: Host) -> None:
     pair = protect(alice, bob, reqid=REQID)
     async with latched(pair) as (echo, client, token):
-        old = pair.spis[0]
-        pair.rekey(suite=SHORT)
-        _, reason = await echo.next("broken")
-        assert reason is LatchReason.QUALITY
-        weak = pair.packets(bob)
-        await asyncio.get_running_loop().sock_sendall(client, b"weakly")
-        echo.transport.write(b"secret")
-        await eventually(lambda: pair.packets(bob) > weak)
-        await eventually(lambda: bob.statistics().get("XfrmInPolBlock", 0) > 0)
-        assert echo.received == b"hello"
-        sent = Pair(bob, alice, SHORT, spis=[pair.spis[-1][::-1]])
-        assert sent.packets(alice, pair.spis[-1][1]) == 0, "nothing left by the weak SA"
-        # The good one is used again.
-        for host in (alice, bob):
-            host.ip(*pair.states("delete"))
-        pair.suite, pair.spis[:] = GCM, [old]
-        await echo.next("restored")
-        async with asyncio.timeout(PATIENCE):
-            got = b""
-            while len(got) < 12:
-                got += await asyncio.get_running_loop().sock_recv(client, 100)
-        assert sorted(got) == sorted(b"secretweakly")
+        await a_weaker_one_breaks_it(pair, echo, client)
         assert echo.transport.get_extra_info("ptoken") is token
 
 
@@ -372,7 +389,6 @@ async def connecting(pair: Pair) -> AsyncIterator[tuple[Echo, socket.socket]]:
     loop = asyncio.get_running_loop()
     with pair.one.listener(PORT) as listener:
         async with ipsec_aio.open_backend("xfrm", stamp="off") as backend:
-            await asyncio.sleep(1.1)  # POLICY vouches after a second
             task = loop.create_task(
                 ipsec_aio.create_connection(Echo, pair.one.v4, PORT, backend=backend, latch=PAUSE)
             )
@@ -394,17 +410,8 @@ async def test_the_kernel_holds_an_outgoing_one_too(bob: Host, alice: Host) -> N
     async with connecting(pair) as (echo, far):
         status = echo.status
         assert (status.state, status.held_by) == (LatchState.ESTABLISHED, "kernel")
-        # What alice sends by her new SA comes in by one of another reqid here.
-        pair.rekey()
-        old, (to_bob, to_alice) = pair.spis
-        spare = Pair(alice, bob, GCM, "transport", 4, FOREIGN, spis=[pair.spis[-1]])
-        bob.ip(pair.states("delete")[0], spare.states("add")[0])
-        before = bob.statistics().get("XfrmInTmplMismatch", 0)
-        await asyncio.get_running_loop().sock_sendall(far, b"foreign")
-        await eventually(lambda: bob.statistics().get("XfrmInTmplMismatch", 0) > before)
-        assert spare.packets(bob, to_bob) > 0, "it was decrypted, and then dropped"
-        assert echo.received == b"hello"
-        assert echo.said.empty()
+        old, spare = await drops_foreign(pair, echo, far)
+        to_alice = spare.spis[0][1]
         # Nor does it send by such a one, though the policies want it now.
         outward = pair.policies("add", bob)[1]
         foreign = outward.replace("policy add", "policy update")
@@ -429,38 +436,14 @@ async def test_the_kernel_holds_an_outgoing_one_too(bob: Host, alice: Host) -> N
             host.ip(*spare.states("delete"))
         pair.spis[:] = [old]
         await echo.next("restored")
-        async with asyncio.timeout(PATIENCE):
-            got = b""
-            while len(got) < 13:
-                got += await asyncio.get_running_loop().sock_recv(far, 100)
-        assert sorted(got) == sorted(b"secretforeign")
+        await receives(far, b"secretforeign")
 
 
 async def test_a_weaker_rekey_breaks_an_outgoing_one(bob: Host, alice: Host) -> None:
     pair = protect(alice, bob, reqid=REQID)
     async with connecting(pair) as (echo, far):
         assert echo.status.held_by == "kernel"
-        old = pair.spis[0]
-        pair.rekey(suite=SHORT)
-        _, reason = await echo.next("broken")
-        assert reason is LatchReason.QUALITY
-        weak = pair.packets(bob)
-        await asyncio.get_running_loop().sock_sendall(far, b"weakly")
-        echo.transport.write(b"secret")
-        await eventually(lambda: pair.packets(bob) > weak)
-        await eventually(lambda: bob.statistics().get("XfrmInPolBlock", 0) > 0)
-        assert echo.received == b"hello"
-        sent = Pair(bob, alice, SHORT, spis=[pair.spis[-1][::-1]])
-        assert sent.packets(alice, pair.spis[-1][1]) == 0, "nothing left by the weak SA"
-        for host in (alice, bob):
-            host.ip(*pair.states("delete"))
-        pair.suite, pair.spis[:] = GCM, [old]
-        await echo.next("restored")
-        async with asyncio.timeout(PATIENCE):
-            got = b""
-            while len(got) < 12:
-                got += await asyncio.get_running_loop().sock_recv(far, 100)
-        assert sorted(got) == sorted(b"secretweakly")
+        await a_weaker_one_breaks_it(pair, echo, far)
 
 
 async def test_what_ike_does_to_it(bob: Host, alice: Host) -> None:
