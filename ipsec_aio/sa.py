@@ -210,7 +210,8 @@ class SA:
     def larval(self) -> bool:
         """Whether it only waits for keys (an acquire, or an allocated SPI): never protection."""
         return self.spi == 0 or (
-            self.proto in (IPPROTO_ESP, IPPROTO_AH) and self.algorithms == (None, None, None)
+            self.aead is self.encryption is self.authentication is None
+            and self.proto in (IPPROTO_ESP, IPPROTO_AH)
         )
 
     def __str__(self) -> str:

@@ -135,8 +135,8 @@ class TruthTable:
         doubts = self._doubts(evidence)
         if doubts is not None:
             return Finding(doubts)
-        living = self._possible(self.mirror.sad, evidence)
-        buried = self._possible(self.mirror.graveyard, evidence)
+        living = self._possible(self.mirror.sad, evidence, evidence.spi)
+        buried = self._possible(self.mirror.graveyard, evidence, evidence.spi)
         known = [record for record in living if record.added <= deadline]
         if _any_fits(known, evidence):
             return self._exact([*living, *buried], evidence)
@@ -169,23 +169,24 @@ class TruthTable:
 
     def _by_spi(self, evidence: Evidence) -> Finding:
         sad, graveyard, spi = self.mirror.sad, self.mirror.graveyard, evidence.spi
-        living = self._possible(sad, evidence)
-        certain = True
-        if not _any_fits(living, evidence):
+        living = self._possible(sad, evidence, spi)
+        found = certain = _any_fits(living, evidence)
+        if not found:
             # The number of a removed SA may be in use again.
-            keys = {r.sa.key for r in self._possible(graveyard, evidence)}
+            keys = {r.sa.key for r in self._possible(graveyard, evidence, spi)}
             keys.update(SAKey(evidence.local, proto, spi) for proto in PROTECTING)
             answers = [self.lookup_missing(key) for key in keys]
             certain = all(answers)
-            living = self._possible(sad, evidence)
-        buried = self._possible(graveyard, evidence)
-        if _any_fits(living, evidence) or (certain and _any_fits(buried, evidence)):
+            living = self._possible(sad, evidence, spi)
+            found = _any_fits(living, evidence)
+        buried = self._possible(graveyard, evidence, spi)
+        if found or (certain and _any_fits(buried, evidence)):
             return self._exact([*living, *buried], evidence)
         if certain and any(not r.sa.larval for r in sad.numbered(spi)):
             return Finding(unknown("the SA with this SPI is not for these addresses"))
         return MISSING
 
-    def _possible(self, index: Index, evidence: Evidence) -> list[Record]:
+    def _possible(self, index: Index, evidence: Evidence, spi: int) -> list[Record]:
         """Return the SAs with this number under which the kernel may have let the packet in.
 
         It asks for destination, protocol and number, never for the source, which the sender of
@@ -194,7 +195,7 @@ class TruthTable:
         """
         return [
             record
-            for record in index.numbered(evidence.spi)
+            for record in index.numbered(spi)
             if _inbound(sa := record.sa)
             and (
                 sa.selector.matches(evidence.flow) and not self._outbound(sa, evidence)
