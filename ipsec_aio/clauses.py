@@ -278,7 +278,7 @@ def _of_all(ptoken: PToken, ask: Callable[[Group | Strength], bool | None]) -> b
     protected = _protected(ptoken)
     if not protected:
         return protected
-    protection = ptoken._now().protection
+    protection = ptoken._now().verdict.protection
     candidates: list[Group | Strength] = [*protection.groups, *protection.others]
     answers = {ask(each) for each in candidates}
     return answers.pop() if len(answers) == 1 else None
@@ -328,7 +328,7 @@ def _all_known(group: Group | Strength, fit: Callable[[str], bool]) -> bool | No
 
 def _ask_end_to_end(ptoken: PToken, value: bool) -> bool | None:
     del value
-    ends = ptoken._peer, ptoken._local
+    ends = ptoken._ends
 
     def ask(group: Group | Strength) -> bool | None:
         if group.mode is Mode.TRANSPORT:
@@ -340,7 +340,7 @@ def _ask_end_to_end(ptoken: PToken, value: bool) -> bool | None:
 
     # A tunnel may be demanded of which no SA is known.
     protected = _of_all(ptoken, ask)
-    modes = {group.mode for group in ptoken._now().protection.groups}
+    modes = {group.mode for group in ptoken._now().verdict.protection.groups}
     hidden = ptoken.tunnel_mode is not False and modes.isdisjoint(TUNNELS)
     return None if protected and hidden else protected
 

@@ -58,6 +58,8 @@ def _pack(text: str) -> bytes:
 
 def format_address(packed: bytes) -> str:
     """Write a packed address as text; the empty address is ``"*"``."""
+    if len(packed) == 4:
+        return ".".join(map(str, packed))
     return str(ip_address(packed)) if packed else "*"
 
 

@@ -43,13 +43,13 @@ def objection(
     ``flow.source`` is the local address. ``assumed`` are templates that are applied where there
     is no policy at all.
     """
-    verdict = ptoken._now()
-    mirror = resolver.mirror
-    if ptoken._resolver is not resolver:
+    kind = ptoken._now()
+    verdict, mirror = kind.verdict, resolver.mirror
+    if kind.resolver is not resolver:
         return "the token is another backend's"
     if not ptoken.protected:
         return f"the token is not protected: {ptoken.information_string}"
-    if (flow.destination, flow.source) != (ptoken._peer, ptoken._local):
+    if (flow.destination, flow.source) != ptoken._ends:
         return "the token is of other addresses"
     if verdict.ports is not None:
         proto, local_port, peer_port = verdict.ports

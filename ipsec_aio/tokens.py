@@ -10,7 +10,7 @@ Rules:
   of its ends; it is told them at most once, and goes without them from the deadline, a resync, or
   the end of the backend on.
 * A token is a channel: local and peer address, what protects them, how sure that is, and who is at
-  its ends. Tokens are interned weakly: one object for a channel as long as somebody holds it.
+  its ends. There is one object for a channel as long as somebody holds it (:mod:`.kinds`).
   Those that wait for identities are told apart by their SAs, since those of two peers may look
   alike.
 * A token holds no key, no socket, and nothing that must be closed.
@@ -29,8 +29,9 @@ from weakref import WeakSet, WeakValueDictionary
 
 from .enums import Assurance, Direction
 from .errors import StaleTokenError, TokenError
-from .flow import format_address
+from .flow import format_address, pack_address
 from .identities import UNIDENTIFIED, Answer, Awaited, Identify, Identities, agreed
+from .kinds import Kind
 from .protection import Group, Verdict, group_of, unknown
 from .truth import MISSING, Finding, TruthTable
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from .sa import SA
     from .sad import Record
 
-__all__ = ["PENDING_LIMIT", "PENDING_SECONDS", "VERDICT_LIMIT", "PToken", "Resolver"]
+__all__ = ["PENDING_LIMIT", "PENDING_SECONDS", "PToken", "Resolver"]
 
 PENDING_SECONDS = 2.0
 """How long a token waits for the SA that its packet was stamped with, and an SA's identities
@@ -49,8 +50,6 @@ after the SA came.
 """
 PENDING_LIMIT = 4096
 """How many tokens wait at once; further ones are UNKNOWN for good."""
-VERDICT_LIMIT = 1024
-"""How many verdicts are kept to be shared."""
 
 # How many forks lie between the process that loaded the module and this one.
 _forks = 0
@@ -96,24 +95,13 @@ class PToken:
     The properties are ``True``, ``False``, or None for unknown; on a clear channel they are False.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_channel",
-        "_identities",
-        "_local",
-        "_peer",
-        "_pending",
-        "_resolver",
-        "_verdict",
-    )
+    __slots__ = ("__weakref__", "_kind", "_peer", "_state")
 
-    _channel: PToken | None
-    _identities: Identities
-    _local: bytes
-    _peer: bytes
-    _pending: _Pending | None
-    _resolver: Resolver
-    _verdict: Verdict
+    _kind: Kind
+    # As text: the host of an address that a program gets is the same object.
+    _peer: str
+    # What it waits for, or in place of what channel's token it was made; nearly always None.
+    _state: _Pending | PToken | None
 
     def __new__(cls) -> PToken:
         raise TypeError("a PToken cannot be built: it comes with a connection or a datagram")
@@ -142,18 +130,24 @@ class PToken:
     def __deepcopy__(self, memo: object) -> NoReturn:
         self.__reduce__()
 
-    def _now(self) -> Verdict:
-        """Return the verdict, which is the only way to read anything."""
-        if self._resolver.stale:
+    def _now(self) -> Kind:
+        """Return all but the peer's address, which is the only way to read anything."""
+        resolver = self._kind.resolver
+        if resolver.stale:
             raise StaleTokenError("this PToken belongs to the process that forked this one")
-        if self._pending is not None:
-            self._resolver.settle(self)
-        return self._verdict
+        if isinstance(self._state, _Pending):
+            resolver.settle(self)
+        return self._kind
+
+    @property
+    def _ends(self) -> tuple[bytes, bytes]:
+        """The packed addresses of the peer and of this end, empty where not known."""
+        return pack_address(self._peer) if self._peer else b"", self._kind.local
 
     @property
     def assurance(self) -> Assurance:
         """How sure all the rest is."""
-        return self._now().assurance
+        return self._now().verdict.assurance
 
     @property
     def protected(self) -> bool:
@@ -162,37 +156,37 @@ class PToken:
         POLICY is inference: it counts only on a backend that was opened with
         ``trust_policy=True``.
         """
-        verdict = self._now()
-        assurance, protection = verdict.assurance, verdict.protection
+        kind = self._now()
+        assurance, protection = kind.verdict.assurance, kind.verdict.protection
         return protection.integrity is True and (
             assurance >= Assurance.INTERFACE
-            or (assurance is Assurance.POLICY and self._resolver.trust_policy)
+            or (assurance is Assurance.POLICY and kind.resolver.trust_policy)
         )
 
     @property
     def privacy_protected(self) -> bool | None:
         """Whether the payload was encrypted, by a cipher that is not null."""
-        return self._now().protection.privacy
+        return self._now().verdict.protection.privacy
 
     @property
     def integrity_protected(self) -> bool | None:
         """Whether the payload was authenticated."""
-        return self._now().protection.integrity
+        return self._now().verdict.protection.integrity
 
     @property
     def compression_available(self) -> bool | None:
         """Whether IPComp may have been applied."""
-        return self._now().protection.compression
+        return self._now().verdict.protection.compression
 
     @property
     def tunnel_mode(self) -> bool | None:
         """Whether it came in a tunnel (tunnel, BEET or IP-TFS mode)."""
-        return self._now().protection.tunnel
+        return self._now().verdict.protection.tunnel
 
     @property
     def ipoptions_protected(self) -> bool | None:
         """Whether IP options were authenticated: AH, or anything inside an authenticated tunnel."""
-        return self._now().protection.ipoptions
+        return self._now().verdict.protection.ipoptions
 
     @property
     def policy_name(self) -> str | None:
@@ -200,13 +194,12 @@ class PToken:
 
         None where the token rests on something else: with any assurance but POLICY.
         """
-        return self._now().protection.policy
+        return self._now().verdict.protection.policy
 
     @property
     def local(self) -> IToken | None:
         """The identity of this end; None: not known, or not yet."""
-        self._now()
-        return self._identities.local
+        return self._now().identities.local
 
     @property
     def peer(self) -> IToken | None:
@@ -215,26 +208,25 @@ class PToken:
         It is that of whoever negotiated the SAs, if it is the same for all under which the packet
         may have come.
         """
-        self._now()
-        return self._identities.peer
+        return self._now().identities.peer
 
     @property
     def pending(self) -> bool:
         """Whether its SA, or an identity, is still awaited: :meth:`resolved` waits for it."""
         self._now()
-        return self._pending is not None
+        return isinstance(self._state, _Pending)
 
     @property
     def channel(self) -> PToken:
         """The channel's token, as :meth:`resolved` returns it, as far as it is known by now."""
         self._now()
-        return self if self._channel is None else self._channel
+        return self._state if isinstance(self._state, PToken) else self
 
     @property
     def sas(self) -> tuple[SA, ...]:
         """The channel's living inbound SAs, oldest first. For diagnostics only."""
-        verdict = self._now()
-        return self._resolver.living(verdict.protection.groups, self._identities)
+        kind = self._now()
+        return kind.resolver.living(kind.verdict.protection.groups, kind.identities)
 
     @property
     def sa(self) -> SA | None:
@@ -248,26 +240,28 @@ class PToken:
 
         A clear channel stands while the backend is open; an unknown one never does.
         """
-        verdict = self._now()
-        if self._resolver.closed or verdict.assurance is Assurance.UNKNOWN:
+        kind = self._now()
+        assurance = kind.verdict.assurance
+        if kind.resolver.closed or assurance is Assurance.UNKNOWN:
             return False
-        return verdict.assurance is Assurance.NONE or bool(self.sas)
+        return assurance is Assurance.NONE or bool(self.sas)
 
     @property
     def audit_string(self) -> str:
         """One line for a log: addresses, assurance, identities, protection, the newest SA or the
         reason.
         """
-        assurance, protection, reason, ports = self._now()
-        local, peer = format_address(self._local), format_address(self._peer)
+        kind = self._now()
+        assurance, protection, reason, ports = kind.verdict
+        local, peer = format_address(kind.local), self._peer or "*"
         if ports is not None:
             proto, local_port, peer_port = ports
             local, peer = f"{_end(local, local_port)}", f"{_end(peer, peer_port)} proto={proto}"
         parts = [f"local={local} peer={peer} assurance={assurance.name}"]
-        for end, who in zip(("local", "peer"), self._identities, strict=True):
+        for end, who in zip(("local", "peer"), kind.identities, strict=True):
             if who is not None:
                 parts.append(f"{end}_id={who.kind.name}:{str(who)!r}")
-        if self._pending is not None:
+        if isinstance(self._state, _Pending):
             parts.append("pending")
         for name, value in (
             ("privacy", protection.privacy),
@@ -288,7 +282,7 @@ class PToken:
     @property
     def information_string(self) -> str:
         """The protection in words, for people."""
-        assurance, protection, reason, _ = self._now()
+        assurance, protection, reason, _ = self._now().verdict
         if assurance is Assurance.UNKNOWN:
             return f"unknown: {reason}"
         if assurance is Assurance.NONE:
@@ -313,16 +307,17 @@ class PToken:
         mine, theirs = self._now(), other._now()
         if self is other:
             return True
-        if Assurance.UNKNOWN in (mine.assurance, theirs.assurance):
+        verdict, another = mine.verdict, theirs.verdict
+        if Assurance.UNKNOWN in (verdict.assurance, another.assurance):
             return False
         return (
-            (self._local, self._peer) == (other._local, other._peer)
-            and self._identities == other._identities
+            (mine.local, self._peer) == (theirs.local, other._peer)
+            and mine.identities == theirs.identities
             and self.protected == other.protected
-            and mine.protection[:5] == theirs.protection[:5]
-            and mine.protection.others == theirs.protection.others
-            and {g.strength for g in mine.protection.groups}
-            == {g.strength for g in theirs.protection.groups}
+            and verdict.protection[:5] == another.protection[:5]
+            and verdict.protection.others == another.protection.others
+            and {g.strength for g in verdict.protection.groups}
+            == {g.strength for g in another.protection.groups}
         )
 
     async def resolved(self, timeout: float | None = None) -> PToken:  # noqa: ASYNC109
@@ -333,9 +328,9 @@ class PToken:
         two seconds at most for its SA, which is UNKNOWN then for good, and as long after the SA
         came for identities.
         """
-        self._now()
-        if self._pending is not None:
-            await self._resolver.wait(self, timeout)
+        kind = self._now()
+        if isinstance(self._state, _Pending):
+            await kind.resolver.wait(self, timeout)
         return self.channel
 
     def __repr__(self) -> str:
@@ -384,10 +379,10 @@ class Resolver(TruthTable):
         self.identify: Identify = _nobody
         self.lock: AbstractContextManager[object] = nullcontext()
         self._forks = _forks
-        self._interned: WeakValueDictionary[tuple[object, ...], PToken] = WeakValueDictionary()
+        self._kinds: WeakValueDictionary[tuple[object, ...], Kind] = WeakValueDictionary()
         self._waiting: WeakSet[PToken] = WeakSet()
-        # Equal verdicts are one object: a tunnel may have very many peers.
-        self._verdicts: dict[Verdict, Verdict] = {}
+        # The same, by what they wait for, and some that wait no longer.
+        self._waiting_by: WeakValueDictionary[tuple[object, ...], PToken] = WeakValueDictionary()
 
     @property
     def stale(self) -> bool:
@@ -430,8 +425,8 @@ class Resolver(TruthTable):
 
     def next_deadline(self) -> float | None:
         """Return when the first pending token has waited long enough."""
-        pending = (token._pending for token in self._waiting)
-        return min((p.deadline for p in pending if p is not None), default=None)
+        states = [token._state for token in self._waiting]
+        return min((s.deadline for s in states if isinstance(s, _Pending)), default=None)
 
     def settle_all(self) -> None:
         """Fix the pending tokens that can be fixed by now. Call it when the epoch has changed."""
@@ -440,37 +435,35 @@ class Resolver(TruthTable):
 
     def is_pending(self, token: PToken) -> bool:
         """Whether a token still waits, for its SA or for an identity."""
-        return token._pending is not None
+        return isinstance(token._state, _Pending)
 
     def settle(self, token: PToken) -> None:
         """Fix a pending token if that is possible by now."""
         with self.lock:
-            pending = token._pending
-            if pending is None:
+            pending = token._state
+            if not isinstance(pending, _Pending):
                 return
+            verdict = token._kind.verdict
             if pending.records:
                 identities = self._named(pending)
             else:
-                finding = self._settlement(pending)
-                if finding is MISSING:
+                verdict, records = self._settlement(pending)
+                if verdict is MISSING.verdict:
                     # Other changes of the epoch must not make this one go unseen.
                     self.mirror.await_spi(pending.evidence.spi)
                     return
-                _put(token, "_verdict", finding.verdict)
-                identities = self._identities(finding.records, self.clock())
+                identities = self._identities(records, self.clock())
                 if isinstance(identities, Awaited):
-                    until = identities.until
-                    pending = self._waits_for(pending.evidence, until, finding.records)
-                    _put(token, "_pending", pending)
+                    pending = self._waits_for(pending.evidence, identities.until, records)
+                    _put(token, "_kind", self._kind(pending.evidence, verdict))
+                    _put(token, "_state", pending)
             if isinstance(identities, Awaited):
                 return
             self._waiting.discard(token)
-            _put(token, "_identities", identities)
-            _put(token, "_pending", None)
-            key = _channel(pending.evidence, token._verdict, identities)
-            channel = self._interned.setdefault(key, token)
-            if channel is not token:
-                _put(token, "_channel", channel)
+            kind = self._kind(pending.evidence, verdict, identities)
+            channel = kind.keep(token)
+            _put(token, "_kind", kind)
+            _put(token, "_state", None if channel is token else channel)
         self.settled(token)
 
     def _settlement(self, pending: _Pending) -> Finding:
@@ -515,7 +508,7 @@ class Resolver(TruthTable):
 
     def _pend_identity(self, evidence: Evidence, finding: Finding, until: float) -> PToken:
         # The records themselves: an id() of theirs might be another's one day.
-        key = (*_channel(evidence, finding.verdict), frozenset(finding.records))
+        key = (evidence.local, evidence.peer, finding.verdict, frozenset(finding.records))
         token = self._waiting_as(key)
         if token is not None:
             return token
@@ -532,35 +525,35 @@ class Resolver(TruthTable):
         return _Pending(evidence, deadline, self.mirror.resyncs, records)
 
     def _waiting_as(self, key: tuple[object, ...]) -> PToken | None:
-        token = self._interned.get(key)
-        if token is None or token._pending is None or self.clock() > token._pending.deadline:
-            return None
-        return token
+        token = self._waiting_by.get(key)
+        state = None if token is None else token._state
+        return token if isinstance(state, _Pending) and self.clock() <= state.deadline else None
 
     def _start(self, key: tuple[object, ...], verdict: Verdict, pending: _Pending) -> PToken:
-        token = self._interned[key] = _make(self, pending.evidence, verdict, pending)
+        evidence = pending.evidence
+        kind = self._kind(evidence, verdict)
+        token = self._waiting_by[key] = _make(_text(evidence.peer), kind, pending)
         self._waiting.add(token)
         return token
 
     def _intern(self, evidence: Evidence, verdict: Verdict, identities: Identities) -> PToken:
-        key = _channel(evidence, verdict, identities)
-        token = self._interned.get(key)
-        if token is None:
-            verdict = self._shared(verdict)
-            key = _channel(evidence, verdict, identities)
-            token = self._interned[key] = _make(self, evidence, verdict, None, identities)
-        return token
+        peer = _text(evidence.peer)
+        kind = self._kind(evidence, verdict, identities)
+        token = kind.find(peer)
+        return kind.keep(_make(peer, kind)) if token is None else token
 
-    def _shared(self, verdict: Verdict) -> Verdict:
-        if len(self._verdicts) >= VERDICT_LIMIT:
-            self._verdicts.clear()
-        return self._verdicts.setdefault(verdict, verdict)
+    def _kind(
+        self, evidence: Evidence, verdict: Verdict, identities: Identities = UNIDENTIFIED
+    ) -> Kind:
+        key = evidence.local, verdict, identities
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds.setdefault(key, Kind(self, *key))
+        return kind
 
 
-def _channel(
-    evidence: Evidence, verdict: Verdict, identities: Identities = UNIDENTIFIED
-) -> tuple[object, ...]:
-    return evidence.local, evidence.peer, verdict, identities
+def _text(peer: bytes) -> str:
+    return format_address(peer) if peer else ""
 
 
 def _nobody(record: Record, now: float, direction: Direction = Direction.IN) -> Answer:
@@ -568,19 +561,9 @@ def _nobody(record: Record, now: float, direction: Direction = Direction.IN) -> 
     return UNIDENTIFIED
 
 
-def _make(
-    resolver: Resolver,
-    evidence: Evidence,
-    verdict: Verdict,
-    pending: _Pending | None,
-    identities: Identities = UNIDENTIFIED,
-) -> PToken:
+def _make(peer: str, kind: Kind, pending: _Pending | None = None) -> PToken:
     token = object.__new__(PToken)
-    _put(token, "_resolver", resolver)
-    _put(token, "_local", evidence.local)
-    _put(token, "_peer", evidence.peer)
-    _put(token, "_verdict", verdict)
-    _put(token, "_pending", pending)
-    _put(token, "_identities", identities)
-    _put(token, "_channel", None)
+    _put(token, "_peer", peer)
+    _put(token, "_kind", kind)
+    _put(token, "_state", pending)
     return token

@@ -58,7 +58,7 @@ class Pinning:
             key = ptoken, local, port, peer
             if key not in self._known:
                 flow = Flow(
-                    local or ptoken._local, pack_address(peer[0]), IPPROTO_UDP, port, peer[1]
+                    local or ptoken._kind.local, pack_address(peer[0]), IPPROTO_UDP, port, peer[1]
                 )
                 self._known[key] = backend.sends_like(ptoken, flow) or self._differs(flow)
         except BackendError as error:
@@ -87,4 +87,4 @@ class Pinning:
 
 def source_of(ptoken: PToken, *, ipv6: bool) -> list[ControlMessage]:
     """Return what has a datagram sent from the local address of a token's channel."""
-    return [source(ptoken._local, ipv6=ipv6)]
+    return [source(ptoken._kind.local, ipv6=ipv6)]

@@ -17,6 +17,9 @@ Rules:
 * A backend that is closed under a running endpoint makes everything UNKNOWN; nothing raises.
 """
 
+# Its peer's address is a token's own.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import socket
@@ -278,6 +281,10 @@ class Witness:
         verdict = self._verdict(self._evidence(addr, ancillary))
         if verdict is self._when_closed:
             return addr, verdict
+        if self._ip and addr[0] == verdict.token._peer:
+            # One text for all that is kept of a peer.
+            addr = verdict.token._peer, *addr[1:]
+            key = key if isinstance(key, bytes) else (addr, *ancillary)
         if verdict.unknown or verdict.error is not None:
             _keep(self._others, CACHE_LIMIT, key, (addr, verdict))
         elif verdict.protected:

@@ -445,15 +445,15 @@ class Peers(RuleBasedStateMachine):
         for each in self.sent:
             token = each.token
             if not token.pending:
-                key = token._verdict, token._identities
-                whole = token if token._channel is None else token._channel
-                assert channels.setdefault(key, whole) is whole
+                whole = token.channel
+                kind = whole._kind
+                assert channels.setdefault((kind.verdict, kind.identities), whole) is whole
 
     @invariant()
     def nobody_s_sas_are_another_s(self):
         owners = {id(known): peer for known, peer in self.kernel.values()}
         for each in self.sent:
-            if each.token._identities != UNIDENTIFIED:
+            if each.token._kind.identities != UNIDENTIFIED:
                 for known in each.token.sas:
                     # What the mirror has not heard of yet is gone from the kernel.
                     assert owners.get(id(known), each.peer) == each.peer

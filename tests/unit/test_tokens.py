@@ -160,18 +160,6 @@ def test_it_can_be_referred_to_weakly_and_dies():
     del token
     gc.collect()
     assert reference() is None
-    assert not bench.resolver._interned
-
-
-def test_what_peers_of_one_tunnel_have_in_common_is_kept_once(monkeypatch):
-    monkeypatch.setattr(module, "VERDICT_LIMIT", 2)
-    bench = Bench(tunnel(selector=Selector(family=2)), null(0x1002))
-    tokens = [bench.resolve(0x1001, peer=bytes([10, 0, 0, host])) for host in range(3)]
-    assert len({*tokens}) == 3
-    assert len({id(token._verdict) for token in tokens}) == 1
-    others = [bench.resolve(0x1002), bench.resolve(0), bench.resolve(9, generation=2)]
-    assert len({token._verdict for token in others}) == 3
-    assert len(bench.resolver._verdicts) <= 2
 
 
 # What it says

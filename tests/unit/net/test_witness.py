@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import socket
+import struct
 import subprocess
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -236,6 +238,20 @@ def test_a_closed_backend_cannot_be_asked_for_its_namespace() -> None:
         backend = Gone()
         Witness(sock, backend).judge(("127.0.0.1", 1), [], 0)
         assert backend.last.doubt == ""
+
+
+def test_the_text_of_an_address_is_kept_once() -> None:
+    raw = struct.pack("=H", socket.AF_INET) + (40000).to_bytes(2, "big") + bytes([10, 0, 0, 1])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        witness = Witness(sock, Asked())
+        ((batched, verdict),) = witness.judge_batch([raw], {})
+        single = witness.judge((str(ip_address("10.0.0.1")), 40000), [], 0)
+    assert batched == ("10.0.0.1", 40000)
+    assert batched[0] is verdict.token._peer
+    assert verdict.token is single.token
+    by_address = [key for key in witness._others | witness._clear if isinstance(key, tuple)]
+    assert [key[0][0] is verdict.token._peer for key in by_address] == [True]
 
 
 def test_a_backend_that_fails_while_it_is_drained() -> None:
