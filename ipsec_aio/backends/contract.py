@@ -87,7 +87,11 @@ class Backend(ABC):
 
     @abstractmethod
     def drain(self) -> None:
-        """Take in the events that have arrived. Never blocks; lost events raise nothing."""
+        """Take in the events that have arrived. Never blocks; lost events raise nothing.
+
+        It is called in the context of whatever datagram came last. What it starts, logs or calls
+        back has to run in another: news are nobody's.
+        """
 
     @abstractmethod
     def resolve(self, evidence: Evidence) -> PToken:
@@ -178,7 +182,8 @@ class Backend(ABC):
 
     @abstractmethod
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Have ``callback()`` called on the loop soon after :attr:`epoch` changed.
+        """Have ``callback()`` called on the loop soon after :attr:`epoch` changed, in an empty
+        context.
 
         Returns a function that ends it (idempotent). Connections use it to replace their token.
         """

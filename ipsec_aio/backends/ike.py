@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from contextvars import Context
 from typing import TYPE_CHECKING, Final
 
 from ipsec_aio.errors import BackendError, BackendUnavailable, CodecError
@@ -114,7 +115,7 @@ class IKEWatcher:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(self._run(), context=Context())
         self._task.add_done_callback(lambda _: self._settled.set())
         return self
 

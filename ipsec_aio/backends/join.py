@@ -15,6 +15,7 @@ import asyncio
 import logging
 import socket
 from contextlib import aclosing, suppress
+from contextvars import Context
 from typing import TYPE_CHECKING, Final
 
 from ipsec_aio.enums import Direction
@@ -103,7 +104,7 @@ class XfrmViciBackend(XfrmBackend):
             async with asyncio.timeout(_START_SECONDS):
                 await self.watcher.synced()
             await self._judge()
-            self._proving = asyncio.create_task(self._prove())
+            self._proving = asyncio.create_task(self._prove(), context=Context())
         except TimeoutError as error:
             await self.aclose()
             raise BackendUnavailable(

@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from contextvars import Context
 from typing import TYPE_CHECKING
 
 from ipsec_aio import enforcement, outbound
@@ -140,7 +141,7 @@ class TableBackend(Backend):
         loop = asyncio.get_running_loop()
         for subscriber in list(self._subscribers):
             if subscriber.loop is loop:
-                subscriber.run()
+                Context().run(subscriber.run)
 
     def set_generation(self, generation: int) -> None:
         """Tell the stamp's generation, 0 for none that is verified."""
@@ -385,9 +386,10 @@ class TableBackend(Backend):
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
-    # It may be another thread's loop, which may be closed at any moment.
+    # It may be another thread's loop, which may be closed at any moment. What is told is not of
+    # whoever changed or asked something.
     with suppress(RuntimeError):
-        loop.call_soon_threadsafe(callback, *args)
+        loop.call_soon_threadsafe(callback, *args, context=Context())
 
 
 def _finish(future: asyncio.Future[None]) -> None:

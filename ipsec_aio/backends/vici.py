@@ -34,6 +34,7 @@ import asyncio
 import errno
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import urlsplit
@@ -389,7 +390,7 @@ class EventStream:
 
     def _start(self) -> None:
         if self._task is None and not self._closed:
-            self._task = asyncio.create_task(self._run())
+            self._task = asyncio.create_task(self._run(), context=Context())
             self._task.add_done_callback(lambda _: self._filled.set())
 
     def _put(self, item: ViciEvent | ViciConnected | ViciDisconnected) -> None:

@@ -18,6 +18,7 @@ import select
 import socket
 import threading
 from contextlib import ExitStack, closing, contextmanager
+from contextvars import Context
 from typing import TYPE_CHECKING, cast
 
 from ipsec_aio.errors import BackendOverrun, BackendUnavailable
@@ -135,8 +136,7 @@ class XfrmBackend(TableBackend):
             return
         # A look-up for one SA may have read what others do with marks.
         if self._marks_matter or (self._poll is not None and self._poll.poll(0, 1)):
-            with self._lock:
-                self._take_in()
+            Context().run(self._take_in)
         super().drain()
 
     def check(self) -> None:
@@ -167,7 +167,7 @@ class XfrmBackend(TableBackend):
         except (OSError, ValueError) as error:
             # At once, for what else is judged in this wake-up.
             self.mirror.begin_resync(self.clock())
-            sockets.loop.call_soon(self._lose, sockets, error)
+            sockets.loop.call_soon(self._lose, sockets, error, context=Context())
             return False
         return True
 
@@ -201,17 +201,18 @@ class XfrmBackend(TableBackend):
         self.tell()
 
     def _take_in(self) -> None:
-        self._stamp.refresh()
-        sockets = self._sockets
-        if sockets is not None:
-            try:
-                sockets.links.drain()
-                sockets.events.drain()
-            except (OSError, ValueError) as error:
-                self._lose(sockets, error)
-            self._look_at_links()
-        if self._marks_matter:
-            self._look_at_marks()
+        with self._lock:
+            self._stamp.refresh()
+            sockets = self._sockets
+            if sockets is not None:
+                try:
+                    sockets.links.drain()
+                    sockets.events.drain()
+                except (OSError, ValueError) as error:
+                    self._lose(sockets, error)
+                self._look_at_links()
+            if self._marks_matter:
+                self._look_at_marks()
 
     def _take_event(self, event: Event) -> None:
         self._marks_matter = True

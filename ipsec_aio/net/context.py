@@ -5,8 +5,9 @@ Rules:
 * A loop runs the callbacks of one transport in a context that is a copy of its own (a reader or
   writer handle's), so that what is set there reaches the tasks that a callback starts, and nobody
   else.
-* Datagrams: the token itself is set before each ``datagram_received``. A task keeps the token of
-  the datagram that started it.
+* Datagrams: the token itself is set in each ``datagram_received``. A task keeps the token of the
+  datagram that started it. A single one's stays set in the reader's context until the next wake-up,
+  whose first question, what is new, backends answer in a context of their own.
 * Streams: a :class:`TokenCell` is set once, before ``connection_made``, in the context that the
   transport's callbacks copy. The connection replaces ``cell.ptoken`` when its token changes, at
   no cost per read; tasks see the connection's token of the moment.

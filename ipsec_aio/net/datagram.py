@@ -262,15 +262,25 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             else:
                 entry = witness.find_clear(beside)
         if entry is None:
+            current.set(None)
             self._backlog.append((data, addr, witness.judge(addr, told, flags)))
             self._deliver()
             return
         self._counters.received += 1
-        self._hand_over(data, *entry)
-        # The context is the next wake-up's, too, and what that looks at is nobody's.
-        current.set(None)
+        addr, token = entry
+        # It stays until another comes: between them nothing runs here that asks who is current.
+        if current.get() is not token:
+            current.set(token)
+        try:
+            if self._gives_token:
+                self._protocol.datagram_received(data, addr, token)
+            else:
+                self._protocol.datagram_received(data, addr)
+        except BaseException as exc:
+            self._raised(exc)
 
     def _receive_many(self) -> None:
+        current.set(None)
         batch = self._batch
         if batch is None:
             self._receive_some()
@@ -375,13 +385,10 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                     protocol.datagram_received(data, addr, token)
                 else:
                     protocol.datagram_received(data, addr)
-            except (SystemExit, KeyboardInterrupt):
-                self._put_back()
-                current.set(None)
-                self._loop.call_soon(self._start_reading, context=self._context)
-                raise
             except BaseException as exc:
-                self._report(exc, "Exception in a callback for a received datagram")
+                if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+                    self._put_back()
+                self._raised(exc)
             if self._interrupted:
                 self._put_back()
                 self._deliver()
@@ -442,12 +449,15 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
                 self._protocol.datagram_received(data, addr, token)
             else:
                 self._protocol.datagram_received(data, addr)
-        except (SystemExit, KeyboardInterrupt):
+        except BaseException as exc:
+            self._raised(exc)
+
+    def _raised(self, exc: BaseException) -> None:
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
             current.set(None)
             self._loop.call_soon(self._start_reading, context=self._context)
-            raise
-        except BaseException as exc:
-            self._report(exc, "Exception in a callback for a received datagram")
+            raise exc
+        self._report(exc, "Exception in a callback for a received datagram")
 
     def _hold(self, data: bytes, addr: Any, verdict: Verdict) -> None:
         """Hold a datagram where it has to wait, or refuse it for want of room."""

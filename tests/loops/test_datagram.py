@@ -228,6 +228,33 @@ async def test_what_a_wake_up_looks_at_is_nobodys() -> None:
     await close(transport, client)
 
 
+async def test_news_of_a_backend_that_a_datagram_has_opened_are_nobodys_either() -> None:
+    outer = memory()
+    transport, protocol, client, _ = await pair(outer)
+    there = transport.get_extra_info("sockname")
+    opened: list[tuple[ipsec_aio.MemoryBackend, object]] = []
+    seen: list[object] = []
+
+    class Opening(Tokened):
+        def datagram_received(self, data: bytes, addr: Any, ptoken: Any) -> None:
+            backend = memory()
+            opened.append((backend, backend.subscribe(lambda: seen.append(current_ptoken()))))
+            super().datagram_received(data, addr, ptoken)
+
+    transport.set_protocol(opening := Opening())
+    client.sendto(b"x", there)
+    await opening.log.until("data")
+    ((backend, unsubscribe),) = opened
+    for turn in range(1, 4):
+        backend.mirror.bump()
+        backend.drain()
+        await until(lambda turn=turn: len(seen) == turn)
+    assert set(seen) == {None}
+    unsubscribe()
+    transport.set_protocol(protocol)
+    await close(transport, client)
+
+
 async def test_current_ptoken_of_a_connected_socket() -> None:
     backend = memory()
     transport, _, client, _ = await pair(backend)

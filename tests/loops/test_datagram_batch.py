@@ -15,6 +15,7 @@ from datagram_tools import HERE, Tokened, Witnessing, close, until
 from test_datagram_evidence import SPI, marked
 
 from ipsec_aio import Assurance, PToken, Require, create_datagram_endpoint, current_ptoken
+from ipsec_aio.evidence import Evidence
 from ipsec_aio.kernel import sockopts
 from ipsec_aio.net import batch, datagram, witness
 
@@ -431,7 +432,13 @@ async def test_protected_peers_are_bounded_too(monkeypatch: pytest.MonkeyPatch) 
     await close(transport)
 
 
-async def test_the_end_of_the_program_in_a_batch_loses_nothing() -> None:
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+async def test_the_end_of_the_program_in_a_batch_loses_nothing(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datagram, "SPARSE", 0)
+    first = [b"first"] * known
+
     class Interrupted(Tokened):
         def datagram_received(self, data: bytes, addr: Any, ptoken: Any) -> None:
             super().datagram_received(data, addr, ptoken)
@@ -442,14 +449,19 @@ async def test_the_end_of_the_program_in_a_batch_loses_nothing() -> None:
         own = receiver(*V4[:2])
         endpoint = create_datagram_endpoint(Interrupted, sock=own, backend=backend())
         transport, protocol = loop.run_until_complete(endpoint)
+        numbered = [b"%d" % index for index in range(10)]
         with marked(SPI) as sock:
-            for index in range(10):
-                sock.sendto(b"%d" % index, own.getsockname())
+            for data in first:
+                sock.sendto(data, own.getsockname())
+            loop.run_until_complete(protocol.log.until("data", len(first)))
+            for data in numbered:
+                sock.sendto(data, own.getsockname())
+        count = len(first) + 10
         with pytest.raises(KeyboardInterrupt):
-            loop.run_until_complete(protocol.log.until("data", 10))
-        loop.run_until_complete(protocol.log.until("data", 10))
-        assert [data for data, *_ in protocol.log.of("data")] == [b"%d" % i for i in range(10)]
-        assert transport.ipsec_stats.protected == 10
+            loop.run_until_complete(protocol.log.until("data", count))
+        loop.run_until_complete(protocol.log.until("data", count))
+        assert [data for data, *_ in protocol.log.of("data")] == first + numbered
+        assert transport.ipsec_stats.protected == count
         loop.run_until_complete(close(transport))
         for task in asyncio.all_tasks(loop):
             task.cancel()
@@ -458,6 +470,59 @@ async def test_the_end_of_the_program_in_a_batch_loses_nothing() -> None:
 
     loop_class = type(asyncio.get_running_loop())
     await asyncio.to_thread(run, loop_class())
+
+
+@pytest.mark.parametrize("sparse", [3, 2], ids=["singly", "in a batch"])
+async def test_a_stranger_is_judged_in_nobodys_name(
+    sparse: int, monkeypatch: pytest.MonkeyPatch, batches: Batches
+) -> None:
+    """What is asked and told while a new peer is judged is not of the peer before."""
+    monkeypatch.setattr(datagram, "SPARSE", sparse)
+    seen: list[PToken | None] = []
+
+    class Asked(Witnessing):
+        def resolve(self, evidence: Evidence) -> PToken:
+            seen.append(current_ptoken())
+            return super().resolve(evidence)
+
+    facts = Asked()
+    facts.add_sa(src="127.0.0.1", dst="127.0.0.1", spi=SPI)
+    own = receiver(*V4[:2])
+    transport, protocol = await create_datagram_endpoint(Noting, sock=own, backend=facts)
+    with marked(SPI) as known, marked(SPI) as stranger:
+        # A batch, one by which the peer is known singly, and one more.
+        for count in range(1, 4):
+            known.sendto(b"x", own.getsockname())
+            await protocol.log.until("data", count)
+        assert batches.sizes == [1]
+        del seen[:]
+        stranger.sendto(b"y", own.getsockname())
+        await protocol.log.until("data", 4)
+    assert batches.sizes == [1] * (4 - sparse)
+    assert seen == [None]
+    await close(transport)
+
+
+async def test_an_error_is_nobodys() -> None:
+    seen: list[PToken | None] = []
+
+    class Told(Tokened):
+        def error_received(self, exc: OSError) -> None:
+            seen.append(current_ptoken())
+            super().error_received(exc)
+
+    peer = receiver(*V4[:2])
+    transport, protocol = await create_datagram_endpoint(
+        Told, remote_addr=peer.getsockname(), backend=backend()
+    )
+    for count in range(1, 4):
+        peer.sendto(b"x", transport.get_extra_info("sockname"))
+        await protocol.log.until("data", count)
+    peer.close()
+    transport.sendto(b"y")
+    await protocol.log.until("error")
+    assert seen == [None]
+    await close(transport)
 
 
 async def test_a_loop_that_moves_to_another_thread_takes_that_threads_region() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextvars import ContextVar
 from dataclasses import replace
 
 import pytest
@@ -48,7 +49,7 @@ async def test_events_settle_what_is_pending(backend):
     token = backend.resolve(seen(0x1001))
     assert token.assurance is Assurance.UNKNOWN
     backend.take([SAAdded(esp())])
-    assert token._pending is None
+    assert not backend.resolver.is_pending(token)
     assert token.protected
 
 
@@ -108,6 +109,25 @@ async def test_a_subscriber_is_called_once_for_several_changes(backend):
     backend.set_generation(5)
     await asyncio.sleep(0.01)
     assert calls == [1, 1]
+
+
+async def test_a_subscriber_is_called_in_the_name_of_nobody(backend):
+    """Neither of him who changed something, nor of him for whom a timer was set."""
+    asking = ContextVar("asking", default="nobody")
+    calls = asyncio.Queue()
+    backend.subscribe(lambda: calls.put_nowait(asking.get()))
+    asking.set("somebody")
+    backend.set_generation(2)
+    assert await calls.get() == "nobody"
+    backend.take([SAAdded(esp()), SADeleted(esp().key)])
+    assert await calls.get() == "nobody"
+    backend.ahead = TOMBSTONE_SECONDS + 1
+    backend._tick()
+    assert await calls.get() == "nobody"
+    backend.tell()
+    backend.set_generation(3)
+    backend.tell()
+    assert calls.get_nowait() == "nobody"
 
 
 async def test_an_end_between_change_and_call(backend):
@@ -218,7 +238,7 @@ async def test_what_is_settled_while_the_wait_begins_is_not_waited_for(backend, 
     token = backend.resolve(seen(0x1001))
     monkeypatch.setattr(backend, "_arm", lambda: backend.resolver.settle(token))
     backend.mirror.apply(SAAdded(esp()), 0)
-    assert token._pending is not None
+    assert backend.resolver.is_pending(token)
     monkeypatch.setattr(type(backend.resolver), "settle", _unwilling_at_first())
     assert await token.resolved() is token
     assert token.protected

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,36 @@ async def test_events_during_the_dump_are_played_on_it(kernel: FakeKernel) -> No
     await backend.start()
     assert [sa.spi for sa in backend.mirror.sas()] == [5]
     await backend.aclose()
+
+
+@pytest.mark.parametrize(
+    "ask", [XfrmBackend.drain, lambda backend: backend.lookup_missing(KEY)], ids=["news", "an SA"]
+)
+async def test_news_are_nobodys_who_asks_for_them(
+    kernel: FakeKernel,
+    backend: XfrmBackend,
+    ask: Callable[[XfrmBackend], object],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What they start and log is not of the datagram whose wake-up has brought them."""
+    asking: ContextVar[str] = ContextVar("asking", default="nobody")
+    seen: list[str] = []
+
+    def see(record: logging.LogRecord) -> bool:
+        seen.append(f"{asking.get()} logs {record.levelname}")
+        return True
+
+    backend.subscribe(lambda: seen.append(f"{asking.get()} is told"))
+    caplog.handler.addFilter(see)
+    with caplog.at_level(logging.INFO):
+        asking.set("a datagram")
+        kernel.emit(m.message(m.NEWSA, gcm(spi=9)), LOST)
+        ask(backend)
+        assert not backend.mirror.synced
+        await synced(backend)
+        await asyncio.sleep(0)
+    caplog.handler.removeFilter(see)
+    assert set(seen) == {"nobody is told", "nobody logs WARNING", "nobody logs INFO"}
 
 
 async def test_expiry(kernel: FakeKernel, backend: XfrmBackend) -> None:
