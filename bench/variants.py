@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -261,7 +262,7 @@ class Fresh(Variant):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(self.sock.fileno())],
+            [sys.executable, Path(__file__).with_name("fresh.py"), str(self.sock.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -283,19 +284,6 @@ class Fresh(Variant):
         super().close()
 
 
-def _serve_fresh(fd: int) -> None:
-    sock = socket.socket(fileno=fd)
-    loop = asyncio.new_event_loop()
-    opening = loop.create_datagram_endpoint(lambda: Plain(loop.stop), sock=sock)
-    _, protocol = loop.run_until_complete(opening)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        protocol.left = int(line)
-        start = time.thread_time_ns()
-        loop.run_forever()
-        print(time.thread_time_ns() - start, flush=True)
-
-
 def asyncio_loop() -> asyncio.AbstractEventLoop:
     """Asyncio's own."""
     return asyncio.new_event_loop()
@@ -304,7 +292,3 @@ def asyncio_loop() -> asyncio.AbstractEventLoop:
 def uvloop_loop() -> asyncio.AbstractEventLoop:
     """Uvloop's."""
     return uvloop.new_event_loop()
-
-
-if __name__ == "__main__":
-    _serve_fresh(int(sys.argv[1]))
