@@ -142,7 +142,7 @@ class PToken:
     @property
     def _ends(self) -> tuple[bytes, bytes]:
         """The packed addresses of the peer and of this end, empty where not known."""
-        return pack_address(self._peer) if self._peer else b"", self._kind.local
+        return b"" if self._peer == "*" else pack_address(self._peer), self._kind.local
 
     @property
     def assurance(self) -> Assurance:
@@ -253,7 +253,7 @@ class PToken:
         """
         kind = self._now()
         assurance, protection, reason, ports = kind.verdict
-        local, peer = format_address(kind.local), self._peer or "*"
+        local, peer = format_address(kind.local), self._peer
         if ports is not None:
             proto, local_port, peer_port = ports
             local, peer = f"{_end(local, local_port)}", f"{_end(peer, peer_port)} proto={proto}"
@@ -532,12 +532,12 @@ class Resolver(TruthTable):
     def _start(self, key: tuple[object, ...], verdict: Verdict, pending: _Pending) -> PToken:
         evidence = pending.evidence
         kind = self._kind(evidence, verdict)
-        token = self._waiting_by[key] = _make(_text(evidence.peer), kind, pending)
+        token = self._waiting_by[key] = _make(format_address(evidence.peer), kind, pending)
         self._waiting.add(token)
         return token
 
     def _intern(self, evidence: Evidence, verdict: Verdict, identities: Identities) -> PToken:
-        peer = _text(evidence.peer)
+        peer = format_address(evidence.peer)
         kind = self._kind(evidence, verdict, identities)
         token = kind.find(peer)
         return kind.keep(_make(peer, kind)) if token is None else token
@@ -550,10 +550,6 @@ class Resolver(TruthTable):
         if kind is None:
             kind = self._kinds.setdefault(key, Kind(self, *key))
         return kind
-
-
-def _text(peer: bytes) -> str:
-    return format_address(peer) if peer else ""
 
 
 def _nobody(record: Record, now: float, direction: Direction = Direction.IN) -> Answer:

@@ -170,7 +170,7 @@ class TruthTable:
     def _by_spi(self, evidence: Evidence) -> Finding:
         sad, graveyard, spi = self.mirror.sad, self.mirror.graveyard, evidence.spi
         living = self._possible(sad, evidence, spi)
-        found = certain = _any_fits(living, evidence)
+        found, certain = _any_fits(living, evidence), True
         if not found:
             # The number of a removed SA may be in use again.
             keys = {r.sa.key for r in self._possible(graveyard, evidence, spi)}

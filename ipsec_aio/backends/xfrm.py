@@ -136,7 +136,8 @@ class XfrmBackend(TableBackend):
             return
         # A look-up for one SA may have read what others do with marks.
         if self._marks_matter or (self._poll is not None and self._poll.poll(0, 1)):
-            Context().run(self._take_in)
+            with self._lock:
+                Context().run(self._take_in)
         super().drain()
 
     def check(self) -> None:
@@ -201,18 +202,17 @@ class XfrmBackend(TableBackend):
         self.tell()
 
     def _take_in(self) -> None:
-        with self._lock:
-            self._stamp.refresh()
-            sockets = self._sockets
-            if sockets is not None:
-                try:
-                    sockets.links.drain()
-                    sockets.events.drain()
-                except (OSError, ValueError) as error:
-                    self._lose(sockets, error)
-                self._look_at_links()
-            if self._marks_matter:
-                self._look_at_marks()
+        self._stamp.refresh()
+        sockets = self._sockets
+        if sockets is not None:
+            try:
+                sockets.links.drain()
+                sockets.events.drain()
+            except (OSError, ValueError) as error:
+                self._lose(sockets, error)
+            self._look_at_links()
+        if self._marks_matter:
+            self._look_at_marks()
 
     def _take_event(self, event: Event) -> None:
         self._marks_matter = True

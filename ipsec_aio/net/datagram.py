@@ -436,17 +436,12 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
             counters.protected += 1
         elif verdict.unknown:
             counters.unknown += 1
-        self._hand_over(data, addr, verdict.token, verdict.error)
-
-    def _hand_over(
-        self, data: bytes, addr: Any, token: PToken, error: ProtectionError | None = None
-    ) -> None:
-        current.set(token)
+        current.set(verdict.token)
         try:
-            if error is not None:
-                self._refuse(addr, error)
+            if verdict.error is not None:
+                self._refuse(addr, verdict.error)
             elif self._gives_token:
-                self._protocol.datagram_received(data, addr, token)
+                self._protocol.datagram_received(data, addr, verdict.token)
             else:
                 self._protocol.datagram_received(data, addr)
         except BaseException as exc:

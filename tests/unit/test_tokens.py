@@ -160,6 +160,7 @@ def test_it_can_be_referred_to_weakly_and_dies():
     del token
     gc.collect()
     assert reference() is None
+    assert not bench.resolver._kinds
 
 
 # What it says

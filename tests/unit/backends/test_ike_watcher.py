@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextvars import ContextVar
 
 import pytest
 from fake_charon import FakeCharon, recording
@@ -143,6 +144,15 @@ async def test_a_listing_that_fails_is_tried_again(charon, client, changes, capl
         charon.lists(recorded("psk up", "list-sas"))
         await watcher.synced()
     assert "cannot be listed: list-sas: busy" in caplog.text
+
+
+async def test_what_charon_tells_is_nobodys_who_began_to_watch(client):
+    asking = ContextVar("asking", default="nobody")
+    seen = []
+    asking.set("a datagram")
+    async with IKEWatcher(client, changed=lambda: seen.append(asking.get())) as watcher:
+        await watcher.synced()
+    assert set(seen) == {"nobody"}
 
 
 async def test_an_event_that_is_not_understood_has_everything_listed(
