@@ -125,30 +125,37 @@ def test_spoofed_sources_leave_nothing_behind(locals_):
 class Session:
     """Something in a cycle, whose end asks for tokens."""
 
-    def __init__(self, asked: Resolver, host: int, found: dict[int, PToken]) -> None:
+    def __init__(
+        self, asked: Resolver, host: int, found: dict[int, PToken], ended: set[int]
+    ) -> None:
         self.me = self
-        self.asked, self.host, self.found = asked, host, found
+        self.asked, self.host, self.found, self.ended = asked, host, found, ended
 
     def __del__(self) -> None:
         for host in (self.host, self.host + 1):
             token = token_of(self.asked, host)
             assert self.found.setdefault(host, token) is token
+        self.ended.add(self.host)
 
 
 def test_what_the_garbage_collector_ends_may_ask_for_tokens():
     asked = resolver()
     found: dict[int, PToken] = {}
+    ended: set[int] = set()
     before = gc.get_threshold()
     gc.set_threshold(1)
     try:
         for host in range(1, 300):
-            Session(asked, host, found)
+            Session(asked, host, found, ended)
             token = token_of(asked, host)
             assert found.setdefault(host, token) is token
             if host % 100 == 0:
                 found.clear()
     finally:
         gc.set_threshold(*before)
+        # Those that are left: later, they would end with the resolver, whose references go first.
+        gc.collect()
+    assert len(ended) == 299
 
 
 @pytest.mark.parametrize("asked_for", [[99], [98], [98, 97]], ids=["itself", "another", "others"])
