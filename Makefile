@@ -44,7 +44,7 @@ unit: .venv/ready
 ifdef K
 	$(BIN)/pytest -k '$(K)'
 else
-	$(BIN)/pytest --cov --cov-report=term --cov-report=json:.coverage.json
+	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term --cov-report=json:.coverage.json
 	$(BIN)/python tests/coverage_gate.py .coverage.json
 endif
 
