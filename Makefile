@@ -49,7 +49,11 @@ else
 endif
 
 lab: .venv/ready .lab/ready
-	$(LAB) --limit 3600 -- .venv/bin/pytest -p no:cacheprovider tests/lab $(if $(K),-k '$(K)')
+ifdef K
+	$(LAB) --limit 3600 -- .venv/bin/pytest -p no:cacheprovider tests/lab -k '$(K)'
+else
+	$(LAB) --limit 3600 --spread -- .venv/bin/pytest -p no:cacheprovider tests/lab
+endif
 
 docs: .venv/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs

@@ -26,7 +26,8 @@ PROJECT = HERE.parent.parent
 LAB = PROJECT / ".lab"
 UNPACKED = LAB / "root"
 FAILED = 125
-KEPT = ("CI", "COLUMNS", "FORCE_COLOR", "HYPOTHESIS_PROFILE", "NO_COLOR", "TERM")
+MACHINES = 4  # at once, at most: each takes 2 GB of memory
+KEPT = ("CI", "COLUMNS", "FORCE_COLOR", "HYPOTHESIS_PROFILE", "LAB_PART", "NO_COLOR", "TERM")
 TRY_ESP = (
     "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode transport"
     " aead 'rfc4106(gcm(aes))' 0x000102030405060708090a0b0c0d0e0f10111213 128"
@@ -38,17 +39,22 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--limit", type=float, default=1800, help="seconds until it is stopped")
+    parser.add_argument("--spread", action="store_true", help="run a part on each processor")
     parser.add_argument("--native", action="store_true", help="only say whether no VM is needed")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     if arguments.native:
         return 0 if native() else 1
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    here = native()
+    machines = int(os.environ.get("LAB_MACHINES") or min(os.cpu_count() or 1, MACHINES))
+    if arguments.spread and machines > 1 and not here:
+        return run_parts(machines, ["--limit", f"{arguments.limit:g}", "--", *command])
     LAB.mkdir(exist_ok=True)
     run = Path(tempfile.mkdtemp(prefix="run-", dir=LAB))
     try:
         (run / "command").write_text(script(command))
-        if native():
+        if here:
             return run_native(run, arguments.limit)
         return run_machine(run, arguments.limit)
     except KeyboardInterrupt:
@@ -92,6 +98,25 @@ def script(command: list[str]) -> str:
     keep["LAB_LIBRARIES"] = ":".join(triplets)
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in keep.items())
     return f"{exports}cd {shlex.quote(str(PROJECT))}\nexec {shlex.join(command)}\n"
+
+
+def run_parts(machines: int, words: list[str]) -> int:
+    """Have this program run each part, all at once. The exit code is the greatest."""
+    parts = [
+        subprocess.Popen(
+            [sys.executable, __file__, *words],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "LAB": "vm", "LAB_PART": f"{part}/{machines}"},
+            start_new_session=True,
+        )
+        for part in range(1, machines + 1)
+    ]
+    try:
+        return max([part.wait() for part in parts])
+    except KeyboardInterrupt:
+        for part in parts:
+            part.send_signal(signal.SIGINT)
+        return max([part.wait() for part in parts])
 
 
 def run_native(run: Path, limit: float) -> int:
@@ -139,7 +164,7 @@ def run_machine(run: Path, limit: float) -> int:
         *("--disable-kvm", "--verbose", "--user", "root"),
         *("--run", str(kernels[-1])),
         *("--memory", os.environ.get("LAB_MEMORY", "2G")),
-        *("--cpus", os.environ.get("LAB_CPUS", "2")),
+        *("--cpus", os.environ.get("LAB_CPUS", "1")),
         f"--qemu-opts={shares}",
         *("--exec", f"sh {shlex.quote(str(HERE / 'guest.sh'))}"),
     ]
@@ -163,7 +188,7 @@ def run_machine(run: Path, limit: float) -> int:
             if machine.poll() is None:
                 os.killpg(machine.pid, signal.SIGKILL)
             machine.wait()
-        copy(output)
+        copy(output, whole=True)
     code = (run / "exit").read_text().strip() if (run / "exit").exists() else ""
     if code:
         return int(code)
@@ -175,7 +200,7 @@ def run_machine(run: Path, limit: float) -> int:
 def follow(machine: subprocess.Popen[bytes], run: Path, output: BinaryIO, limit: float) -> str:
     """Copy the output as it comes. Returns what went wrong, if the run was cut short."""
     begin = time.monotonic()
-    live = sys.stderr.isatty()
+    live = sys.stderr.isatty() and "LAB_PART" not in os.environ
     started = False
     shown = 0.0
     while machine.poll() is None:
@@ -198,8 +223,15 @@ def follow(machine: subprocess.Popen[bytes], run: Path, output: BinaryIO, limit:
     return ""
 
 
-def copy(output: BinaryIO) -> None:
-    text = output.read()
+def copy(output: BinaryIO, *, whole: bool = False) -> None:
+    """Copy what came; where others write, too, line by line, and with our part before each."""
+    text, part = output.read(), os.environ.get("LAB_PART", "").encode()
+    if part and not whole:
+        end = text.rfind(b"\n") + 1
+        output.seek(end - len(text), os.SEEK_CUR)
+        text = text[:end]
+    if part:
+        text = b"".join(part + b" | " + line + b"\n" for line in text.splitlines())
     if text:
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
@@ -208,8 +240,9 @@ def copy(output: BinaryIO) -> None:
 def say(*lines: str, end: str = "\n", live: bool = False) -> None:
     """Tell progress on stderr; ``live`` rewrites the line."""
     sys.stdout.flush()
+    label = " ".join(("lab", os.environ.get("LAB_PART", ""))).strip()
     print(
-        ("\r\x1b[K" if live else "") + "\n".join(f"lab: {line}" for line in lines),
+        ("\r\x1b[K" if live else "") + "\n".join(f"{label}: {line}" for line in lines),
         end=end,
         file=sys.stderr,
         flush=True,

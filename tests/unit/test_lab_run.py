@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,78 @@ def test_an_interrupt_ends_it(lab: Lab, machine: Any, monkeypatch: pytest.Monkey
     assert lab.run("vm", "true") == 130
 
 
+# Several machines
+
+
+class Spread:
+    """A project that has its own run.py, which is run as a program, in two machines.
+
+    The command of each part is a shell script.
+    """
+
+    def __init__(self, lab: Lab, machine: Any) -> None:
+        machine(GUEST)
+        lab.program("tests/lab/run.py", RUN.read_text())
+        self.path = lab.path
+
+    def start(self, script: str) -> subprocess.Popen[bytes]:
+        program = self.path / "tests/lab/run.py"
+        return subprocess.Popen(
+            [sys.executable, str(program), "--spread", "--", "sh", "-c", script],
+            env={**os.environ, "LAB": "vm", "LAB_MACHINES": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+
+@pytest.fixture
+def spread(lab: Lab, machine: Any) -> Spread:
+    return Spread(lab, machine)
+
+
+def test_each_machine_does_its_part(spread: Spread) -> None:
+    with spread.start('echo "one of $LAB_PART"; printf half; exit ${LAB_PART%/2}') as running:
+        out, err = running.communicate()
+    assert running.returncode == 2, "the worst counts"
+    lines = [line.split(" | ") for line in out.decode().splitlines()]
+    for part in ("1/2", "2/2"):
+        assert [text for name, text in lines if name == part] == [f"one of {part}", "half"]
+        assert f"lab {part}: booting vmlinuz-6.1" in err.decode()
+
+
+def test_of_several_lines_come_whole(spread: Spread) -> None:
+    os.mkfifo(spread.path / "1")
+    os.mkfifo(spread.path / "2")
+    script = 'printf "begun, "; echo >${LAB_PART%/2}; read -r _ <${LAB_PART%/2}; echo done'
+    with spread.start(script) as running:
+        assert running.stdout is not None
+        for part in ("1", "2"):
+            (spread.path / part).read_text()
+        (spread.path / "2").write_text("go\n")
+        assert running.stdout.readline() == b"2/2 | begun, done\n"
+        (spread.path / "1").write_text("go\n")
+        assert running.stdout.readline() == b"1/2 | begun, done\n"
+    assert running.returncode == 0
+
+
+def test_an_interrupt_ends_all_of_them(spread: Spread) -> None:
+    os.mkfifo(spread.path / "held")
+    with open(os.open(spread.path / "held", os.O_RDONLY | os.O_NONBLOCK), "rb") as held:
+        with spread.start("exec 3>held; echo begun; exec sleep 600") as running:
+            assert running.stdout is not None
+            assert {running.stdout.readline() for _ in range(2)} == {
+                b"1/2 | begun\n",
+                b"2/2 | begun\n",
+            }
+            running.send_signal(signal.SIGINT)
+            _, err = running.communicate()
+        os.set_blocking(held.fileno(), True)
+        assert held.read() == b"", "its end comes when nobody is left who could write"
+    assert running.returncode == 130
+    assert err.decode().count("interrupted") == 2
+    assert not list((spread.path / ".lab").glob("run-*"))
+
+
 # Following it
 
 
@@ -251,7 +324,7 @@ def test_where_the_kernel_will_do_the_command_runs_here(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert own.run("", "--native") == 0
-    assert own.run("", "sh", "-c", "echo here; exit 4") == 4
+    assert own.run("", "--spread", "sh", "-c", "echo here $LAB_PART; exit 4") == 4
     shown = capfd.readouterr()
     assert "this kernel has ESP" in shown.err
     assert shown.out == "here\n"
