@@ -32,6 +32,7 @@ __all__ = [
     "dress",
     "end_with",
     "enter",
+    "give_up",
     "undress",
     "user_of",
 ]
@@ -60,6 +61,11 @@ def dress(transport: asyncio.Transport, connection: Connection) -> asyncio.Trans
         # Weak, because a cycle would keep the transport from going at once.
         own.get_extra_info = partial(_tell, ref(transport), connection)
     return transport
+
+
+def give_up(transport: asyncio.BaseTransport) -> None:
+    """Leave a transport of the loop's to TLS, which pauses it and resumes it as it likes."""
+    getattr(transport, "__dict__", {}).pop("resume_reading", None)
 
 
 def undress(transport: asyncio.BaseTransport) -> asyncio.BaseTransport:

@@ -38,7 +38,15 @@ from .connect import connect_protected
 from .connection import Connection, Judge
 from .context import current
 from .enforce import KERNEL, USER, Where, check_options, enforcement_for
-from .forward import ForwardingTransport, connection_of, dress, enter, undress, user_of
+from .forward import (
+    ForwardingTransport,
+    connection_of,
+    dress,
+    enter,
+    give_up,
+    undress,
+    user_of,
+)
 from .latching import reset
 from .listening import Listener
 from .protocols import TokenProtocol, check_stream_protocol, takes_token
@@ -308,8 +316,13 @@ async def start_tls(
         plain = cast("asyncio.BaseProtocol", protocol)
         return await loop.start_tls(cast("Any", transport), plain, sslcontext, **options)
     entering = enter(cast("asyncio.BaseProtocol", protocol), connection)
-    made = await loop.start_tls(cast("Any", undress(transport)), entering, sslcontext, **options)
-    return None if made is None else dress(made, connection)
+    below = undress(transport)
+    made = await loop.start_tls(cast("Any", below), entering, sslcontext, **options)
+    if made is None:
+        return None
+    dressed = dress(made, connection)
+    give_up(below)
+    return dressed
 
 
 class _Handover(asyncio.Protocol):

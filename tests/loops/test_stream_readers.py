@@ -101,6 +101,37 @@ async def test_a_writer_is_upgraded_on_both_sides() -> None:
     assert seen[0][0].protected
 
 
+async def test_who_reads_slowly_after_an_upgrade_gets_all() -> None:
+    """More than all buffers hold: the loop's TLS stops reading for a while, and goes on."""
+    backend = protecting()
+    size = 16 << 20
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"go\n")
+        await writer.start_tls(server_tls())
+        writer.write(bytes(size))
+        await writer.drain()
+        # The peer of one that is slow to read may be slow itself.
+        assert await reader.readexactly(size) == bytes(size)
+        writer.close()
+
+    async with (
+        asyncio.timeout(60),
+        await ipsec_aio.start_server(handle, HOST, 0, backend=backend) as server,
+    ):
+        reader, writer = await ipsec_aio.open_connection(HOST, port_of(server), backend=backend)
+        await reader.readline()
+        await writer.start_tls(client_tls(), server_hostname="localhost")
+        got = 0
+        while got < size:
+            got += len(await reader.read(1 << 17))
+            await asyncio.sleep(0)
+        writer.write(bytes(size))
+        await writer.drain()
+        assert not await reader.read()
+        writer.close()
+
+
 async def test_start_tls_carries_the_token_and_its_replacement() -> None:
     backend = protecting()
     log = Log()
