@@ -116,6 +116,8 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         self._segments = runs_udp(sock)
         ip = sock.family in (socket.AF_INET, socket.AF_INET6)
         self._receive_size = _IP_BUFFER if ip else _OTHER_BUFFER
+        # On a socket of AF_UNIX descriptors would come, and nobody would close them.
+        self._control_size = _CONTROL_BUFFER if ip else 0
         self._buffer: deque[tuple[bytes, Any, PToken | None]] = deque()
         self._buffer_size = 0
         self._backlog: deque[tuple[bytes, Any, Verdict]] = deque()
@@ -329,10 +331,10 @@ class DatagramTransport(asyncio.DatagramTransport, asyncio.Transport):
         error: Exception | None = None
         assert self._sock is not None  # noqa: S101
         recvmsg = self._sock.recvmsg
-        size = self._receive_size
+        sizes = self._receive_size, self._control_size
         try:
             for _ in range(BATCH):
-                received.append(recvmsg(size, _CONTROL_BUFFER))
+                received.append(recvmsg(*sizes))
         except (BlockingIOError, InterruptedError):
             pass
         except Exception as exc:

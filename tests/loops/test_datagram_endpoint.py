@@ -321,6 +321,20 @@ class TestSockets:
             )
         assert "stale UNIX socket" in caplog.text
 
+    async def test_descriptors_that_somebody_sends_are_not_taken(self) -> None:
+        where = f"\0ipsec_aio {os.getpid()}"
+        transport, protocol = await create_datagram_endpoint(
+            Plain, where, family=socket.AF_UNIX, backend=memory()
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.connect(where)
+            before = os.listdir("/proc/self/fd")
+            for number in range(4):
+                socket.send_fds(sender, [b"datagram"], [0] * 30)
+                await protocol.log.until("data", number + 1)
+            assert os.listdir("/proc/self/fd") == before
+        await close(transport)
+
     async def test_debug_mode_says_what_was_made(self, caplog: pytest.LogCaptureFixture) -> None:
         loop = asyncio.get_running_loop()
         loop.set_debug(True)
