@@ -416,6 +416,7 @@ class Connection:
 
     def close(self) -> None:
         """The connection is gone. Idempotent."""
+        registry.disown(self)
         if self.hold is not None:
             self.hold.close()
         if self.enforcement is not None:

@@ -16,7 +16,7 @@ from ipsec_aio.kernel.sockopts import examine, socket_cookie
 if TYPE_CHECKING:
     from .connection import Connection
 
-__all__ = ["forget", "living", "recall", "remember"]
+__all__ = ["disown", "forget", "living", "recall", "remember"]
 
 # Plain references, which their owners take out: one that does so itself costs five times as much.
 _living: dict[int, ref[Connection]] = {}
@@ -33,9 +33,13 @@ def remember(connection: Connection) -> None:
 
 def forget(connection: Connection) -> None:
     """A connection is going. Idempotent; in any thread."""
-    key = id(connection)
-    _living.pop(key, None)
-    _new.pop(key, None)
+    _living.pop(id(connection), None)
+    disown(connection)
+
+
+def disown(connection: Connection) -> None:
+    """A connection is over: nobody follows duplicates of its socket. Idempotent; in any thread."""
+    _new.pop(id(connection), None)
     cookie = connection.cookie
     if cookie is not None:
         # Another may have taken its place, for a duplicate of the same socket.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
+import socket
 from typing import Any, ClassVar
 
 import pytest
@@ -54,6 +56,26 @@ async def test_an_accepted_connection_has_its_token_everywhere(tls: Any) -> None
         assert await server_side.log.bytes(3) == b"one"
         assert {seen for _, seen in server_side.log.of("data")} == {token}
         assert current_ptoken() is None
+
+
+async def test_a_duplicate_of_a_closed_ones_socket_is_nobodys() -> None:
+    """Nobody follows it any more."""
+    backend = protecting()
+    server_side = Plain()
+    async with (
+        serving(lambda: server_side, backend) as server,
+        connected(port_of(server)),
+    ):
+        await server_side.log.until("made")
+        with socket.socket(
+            fileno=os.dup(server_side.transport.get_extra_info("socket").fileno())
+        ) as duplicate:
+            assert ipsec_aio.get_ptoken(duplicate, backend=backend).protected
+            server_side.transport.close()
+            await server_side.log.until("lost")
+            backend.lose_stamp()
+            await asyncio.sleep(0)
+            assert not ipsec_aio.get_ptoken(duplicate, backend=backend).protected
 
 
 async def test_a_clear_peer_is_known_to_be_clear() -> None:
