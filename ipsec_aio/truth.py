@@ -333,8 +333,8 @@ class TruthTable:
         return CLEAR
 
     def _may_have_carried(self, evidence: Evidence) -> bool:
-        """Whether any SA may have, by addresses and selectors."""
-        return any(
+        """Whether any SA may have, by addresses and selectors; if not, one that comes may."""
+        carried = any(
             _carries(record.sa, evidence)
             for index in (self.mirror.sad, self.mirror.graveyard)
             for records in (
@@ -343,6 +343,9 @@ class TruthTable:
             )
             for record in records
         )
+        if not carried:
+            self.mirror.additions_matter = True
+        return carried
 
     def _by_policy(self, policies: list[Policy], evidence: Evidence) -> Finding:
         if evidence.peer == evidence.local or self._was_own(evidence.peer, evidence):

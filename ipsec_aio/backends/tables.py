@@ -271,6 +271,8 @@ class TableBackend(Backend):
     def objection(self, evidence: Evidence, inbound: Bundle) -> str:
         """Say why the policies would not have let in what a socket's own policy did."""
         with self._lock:
+            # One that names an interface would object.
+            self.mirror.additions_matter = True
             return enforcement.objection(self.mirror, evidence, inbound)
 
     def outlook(self, evidence: Evidence) -> Outlook:

@@ -278,7 +278,8 @@ class Witness:
         return addr, Verdict(token, None)
 
     def _learn(self, key: object, addr: Any, ancillary: Sequence[ControlMessage]) -> Judged:
-        verdict = self._verdict(self._evidence(addr, ancillary))
+        evidence = self._evidence(addr, ancillary)
+        verdict = self._verdict(evidence)
         if verdict is self._when_closed:
             return addr, verdict
         if self._ip and addr[0] == verdict.token._peer:
@@ -289,7 +290,8 @@ class Witness:
             _keep(self._others, CACHE_LIMIT, key, (addr, verdict))
         elif verdict.protected:
             _keep(self._protected, PROTECTED_LIMIT, key, (addr, verdict.token))
-        else:
+        elif not evidence.generation or self._backend.ignores_ports(evidence):
+            # What came unstamped though an SA may have carried it is asked about each time.
             _keep(self._clear, CACHE_LIMIT, key, (addr, verdict.token))
         return addr, verdict
 

@@ -43,6 +43,21 @@ async def endpoint(backend: Witnessing, *args: Any, **kwargs: Any) -> tuple[Any,
     return await create_datagram_endpoint(Tokened, *args, backend=backend, **kwargs)
 
 
+async def test_what_an_sa_may_have_carried_is_clear_only_while_the_stamp_stands() -> None:
+    """Each datagram is asked about: nobody has told of a stamp that is gone."""
+    backend = backend_with_sa()
+    stands = [True, True, False]
+    backend.resolver.stamp_stands = lambda: stands.pop(0)
+    transport, protocol = await endpoint(backend, HERE)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for number in (1, 2, 3):
+            sock.sendto(b"x", transport.get_extra_info("sockname"))
+            await protocol.log.until("data", number)
+    found = [token.assurance for _, _, token, *_ in protocol.log.of("data")]
+    assert found == [Assurance.NONE, Assurance.NONE, Assurance.UNKNOWN]
+    await close(transport)
+
+
 class TestMarks:
     @pytest.mark.parametrize(
         ("family", "local", "target"),

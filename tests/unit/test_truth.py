@@ -138,6 +138,15 @@ def test_whom_no_sa_can_have_carried_is_clear_and_nobody_is_asked():
     assert bench.table.ignores_ports(seen(0))
 
 
+@pytest.mark.parametrize("ask", ["judge", "ignores_ports"])
+def test_an_sa_that_comes_may_carry_what_none_did(ask):
+    bench = Bench()
+    getattr(bench.table, ask)(seen(0))
+    epoch = bench.mirror.epoch
+    bench.tell(esp())
+    assert bench.mirror.epoch != epoch
+
+
 def test_doubt_is_the_end_of_it():
     verdict = Bench(esp()).judge(seen(0x1001, doubt="truncated"))
     assert (verdict.assurance, verdict.reason) == (UNKNOWN, "truncated")

@@ -259,6 +259,14 @@ def test_flush_by_protocol(backend):
     assert arrive(backend).sa is None
 
 
+def test_what_stands_in_for_the_policies_is_asked_again_when_an_sa_comes(backend):
+    backend.mirror.always_bump = False
+    backend.objection(seen(0x1001), ())
+    epoch = backend.epoch
+    backend.add_sa(src=CLIENT, dst=SERVER, selector=selector(ifindex=3))
+    assert backend.epoch != epoch
+
+
 # Mishaps
 
 
