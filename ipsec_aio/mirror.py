@@ -4,10 +4,11 @@ Rules:
 
 * Time is an argument: monotonic seconds, never going back.
 * ``epoch`` changes whenever an answer that was drawn from the mirror may no longer hold.
-* ``changes`` grows with what packets are judged by as they arrive, so that who knows when a queue
-  was last empty can tell what its packets were judged by. No time is long enough for that: a queue
-  waits for its program.
-* Removed SAs stay for a while as tombstones, for packets that were queued when they went.
+* ``changes`` grows with what packets are judged by as they arrive, and when an SA goes, so that who
+  knows when a queue was last empty can tell what its packets were judged by. No time is long enough
+  for that: a queue waits for its program.
+* Removed SAs stay for a while as tombstones, for packets that were queued when they went. Of those
+  that are forgotten the numbers are known for longer, as far as there is room, and when they went.
 * Resync: from :meth:`Mirror.begin_resync` on nothing is sure (``synced`` is False, the old tables
   stay for diagnostics). Dump records go into new tables by :meth:`Mirror.load`, live events wait.
   :meth:`Mirror.finish_resync` swaps the tables and plays the events on them. What lived before
@@ -46,6 +47,7 @@ from .spd import SPD
 __all__ = [
     "AWAITED_LIMIT",
     "BACKLOG_LIMIT",
+    "FORGOTTEN_LIMIT",
     "TOMBSTONE_LIMIT",
     "TOMBSTONE_SECONDS",
     "Mirror",
@@ -56,6 +58,8 @@ TOMBSTONE_SECONDS = 10.0
 """How long a removed SA is remembered."""
 TOMBSTONE_LIMIT = 8192
 """How many removed SAs are remembered; the oldest are forgotten first."""
+FORGOTTEN_LIMIT = 16384
+"""Of how many SPIs it is known when SAs that are forgotten went; past it, it may be any's."""
 AWAITED_LIMIT = 4096
 """How many missing SPIs are told apart; past it every addition changes the epoch."""
 BACKLOG_LIMIT = 1_000_000
@@ -98,9 +102,15 @@ class Mirror:
         self._tables = _Tables()
         self._staging: _Tables | None = None
         self._backlog: list[Event] = []
-        # In the order of burial, so in the order of expiry.
+        # By what `changes` came to when they went, in the order of burial, so of expiry.
         self._tombs: dict[int, Record] = {}
         self._graveyard = Index()
+        # By SPI, what `changes` came to when the last one went of those that are forgotten; and of
+        # those whose numbers are not known any more.
+        self._forgotten: dict[int, int] = {}
+        self._oblivion = 0
+        # What it came to when the tables were last read.
+        self._read = 0
         self._awaited: set[int] = set()
 
     # Look-ups
@@ -168,6 +178,12 @@ class Mirror:
         """Count a change in ``changes``, and return what that is then."""
         self._tables.spd.changes += 1
         return self._tables.spd.changes
+
+    def forgotten(self, spi: int) -> int:
+        """Return what ``changes`` came to when an SA with this SPI may have gone that is forgotten:
+        what came before that may have come under it.
+        """
+        return self._forgotten.get(spi, self._oblivion)
 
     def await_spi(self, spi: int) -> None:
         """Have the epoch change when an SA with this number is added."""
@@ -242,6 +258,9 @@ class Mirror:
         old, self._tables = self._tables, staging
         self._staging, self._backlog = None, []
         staging.spd.doubt(old.spd.changes)
+        self._read = staging.spd.changes
+        for record in staging.sad:
+            record.known_since = self._read
         for event in backlog:
             self._play(event, now)
         for record in old.sad:
@@ -252,6 +271,8 @@ class Mirror:
                 or current.sa.usage.add_time != record.sa.usage.add_time
             ):
                 self._bury(record, now)
+            else:
+                current.known_since = record.known_since
         self.synced = True
         self.bump()
         return True
@@ -311,7 +332,7 @@ class Mirror:
         if old is not None:
             sad.pop(sa.key)
             self._bury(old, now)
-        sad.add(Record(sa, now, alone=not collides))
+        sad.add(Record(sa, now, alone=not collides, known_since=self._read))
         if (
             collides
             or self.always_bump
@@ -371,12 +392,17 @@ class Mirror:
             self._forget_oldest()
             self.bump()
         record.buried = now
-        self._tombs[id(record)] = record
+        self._tombs[self.count_change()] = record
         self._graveyard.add(record)
 
     def _forget_oldest(self) -> None:
-        record = self._tombs.pop(next(iter(self._tombs)))
+        gone = next(iter(self._tombs))
+        record = self._tombs.pop(gone)
         self._graveyard.remove(record)
+        self._forgotten.pop(record.sa.spi, None)
+        self._forgotten[record.sa.spi] = gone
+        if len(self._forgotten) > FORGOTTEN_LIMIT:
+            self._oblivion = self._forgotten.pop(next(iter(self._forgotten)))
 
 
 def _forgotten(record: Record) -> float:

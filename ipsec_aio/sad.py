@@ -30,16 +30,28 @@ class Record:
 
     ``added`` and ``buried`` are the times of its arrival and removal (infinity: it lives).
     ``alone``: when it was added, no other SA with its number was known, nor could have been missed.
+    ``known_since`` is what the mirror's ``changes`` came to when the tables were last read before
+    that: in the time before that an SA with its number may have come and gone unseen.
     ``protection`` is room for what is derived from the SA, ``identities`` for what was said of
     its ends, ``leaves`` for whether that was said of an SA that leads out.
     """
 
-    __slots__ = ("added", "alone", "buried", "identities", "leaves", "protection", "sa")
+    __slots__ = (
+        "added",
+        "alone",
+        "buried",
+        "identities",
+        "known_since",
+        "leaves",
+        "protection",
+        "sa",
+    )
 
-    def __init__(self, sa: SA, added: float, *, alone: bool = False) -> None:
+    def __init__(self, sa: SA, added: float, *, alone: bool = False, known_since: int = 0) -> None:
         self.sa = sa
         self.added = added
         self.alone = alone
+        self.known_since = known_since
         self.buried = inf
         self.protection: object | None = None
         self.identities: Identities | None = None

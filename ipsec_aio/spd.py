@@ -136,11 +136,12 @@ def _matches(policy: Policy, flow: Flow) -> bool:
 class SPD:
     """Policies by key and by flow.
 
-    ``changes`` counts what was added and removed, and whatever else its owner counts there.
+    ``changes`` counts what was added and removed, and whatever else its owner counts there,
+    ``edits`` the former alone.
     """
 
     def __init__(self) -> None:
-        self.changes = 0
+        self.changes = self.edits = 0
         # Removed inbound policies, each with what `changes` came to, oldest first.
         self._gone: deque[tuple[Policy, int]] = deque()
         # What came before this is in doubt.
@@ -304,6 +305,7 @@ class SPD:
 
     def _count(self, policy: Policy, step: int) -> None:
         self.changes += 1
+        self.edits += 1
         self._size += step
         marked, bound = policy.mark != (0, 0), policy.selector.ifindex != 0
         if not (marked or bound):

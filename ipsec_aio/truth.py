@@ -66,6 +66,7 @@ class Finding(NamedTuple):
 MISSING: Final = Finding(unknown("no SA with this SPI is known yet"))
 """What is found for a stamp whose SA may yet come to be known."""
 
+_OUTLIVED: Final = Finding(unknown("it may have waited so long that its SA is forgotten"))
 _MERGED: Final = Finding(unknown("hardware offload can merge packets of several SAs"))
 
 
@@ -229,6 +230,9 @@ class TruthTable:
         return ""
 
     def _exact(self, records: list[Record], evidence: Evidence) -> Finding:
+        known_since = max(record.known_since for record in records)
+        if evidence.after < max(known_since, self.mirror.forgotten(evidence.spi)):
+            return _OUTLIVED
         if any(map(_is_merged, records)):
             return _MERGED
         protection = weakest(_derived(record) for record in records)

@@ -105,7 +105,8 @@ class Backend(ABC):
         """Whether :meth:`resolve` says the same of this evidence with other ports.
 
         It holds as long as :attr:`epoch` stays the same. False where that is not sure; never
-        raises. Streams ask, so that one answer serves all connections of a peer.
+        raises. Streams ask, so that one answer serves all connections of a peer; datagram
+        endpoints do, before they keep that something was clear.
         """
         del evidence
         return False
@@ -123,7 +124,7 @@ class Backend(ABC):
     @abstractmethod
     def policies(self) -> int:
         """A number that grows with what packets are judged by as they arrive: when a policy
-        changes, when an interface goes that hid what protected them, or an own address.
+        changes, when an SA goes, or an interface that hid what protected them, or an own address.
 
         As long as it is the same, :meth:`templates` says the same. Evidence tells by it since when
         nothing had been waiting in its queue (``Evidence.after``). When it changes, :attr:`epoch`

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from ipsec_aio import enforcement, outbound
 from ipsec_aio.enums import Direction
 from ipsec_aio.errors import BackendUnavailable, ProtectionError
-from ipsec_aio.evidence import NEVER
 from ipsec_aio.identities import UNIDENTIFIED
 from ipsec_aio.mirror import Mirror
 from ipsec_aio.outlook import survey
@@ -92,7 +91,7 @@ class TableBackend(Backend):
         self._waiters: dict[PToken, list[asyncio.Future[None]]] = {}
         self._timer: tuple[asyncio.AbstractEventLoop, float, asyncio.TimerHandle] | None = None
         self._templates: dict[object, tuple[Bundle, ...]] = {}
-        self._templates_of = NEVER
+        self._templates_of: object = None
 
     # For subclasses
 
@@ -256,7 +255,7 @@ class TableBackend(Backend):
         """Return the templates of the policies that protect and may govern this traffic."""
         spd = self.mirror.spd
         with self._lock:
-            state = self.policies
+            state = spd, spd.edits
             if state != self._templates_of or len(self._templates) >= _TEMPLATES_KEPT:
                 self._templates_of = state
                 self._templates.clear()

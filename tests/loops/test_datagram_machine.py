@@ -53,6 +53,8 @@ class Endpoint(Facts, RuleBasedStateMachine):
         self.stamped: dict[int, tuple[Known | None, bool]] = {}
         self.events_held = self.events_lost = self.stamp_lost = self.stamp_was_lost = False
         self.paused = False
+        # Whether the queue may hold what came before all was read again.
+        self.shaken = False
 
     async def serve(self) -> tuple[Any, Any]:
         return await create_datagram_endpoint(
@@ -91,6 +93,10 @@ class Endpoint(Facts, RuleBasedStateMachine):
 
     # Mishaps
 
+    def lose_or_recover_events(self) -> None:
+        self.shaken = self.shaken or self.events_lost
+        super().lose_or_recover_events()
+
     def lose_or_restore_the_stamp(self) -> None:
         (self.backend.restore_stamp if self.stamp_lost else self.backend.lose_stamp)()
         self.stamp_lost = not self.stamp_lost
@@ -120,12 +126,13 @@ class Endpoint(Facts, RuleBasedStateMachine):
 
     def take_in(self) -> None:
         """Have the server judge what is queued, under the SAs of this moment."""
-        calm = not (self.events_held or self.events_lost or self.stamp_was_lost)
+        calm = not (self.events_held or self.events_lost or self.stamp_was_lost or self.shaken)
         for peer, number in self.queued:
             newest = self.sas[peer][-1] if self.sas[peer] else None
             self.stamped[number] = newest, calm and newest is not None and newest.good
         self.queued.clear()
         self.runner.run(until(lambda: self.stats.received == self.number))
+        self.shaken = False
 
     @rule()
     def pause_or_resume(self) -> None:

@@ -15,6 +15,7 @@ from stream_tools import HOST, Plain, Tokened, port_of, serving
 
 import ipsec_aio
 from ipsec_aio import Assurance
+from ipsec_aio.kernel import sockopts
 from ipsec_aio.net import connection, listening, witness
 
 PEER = "127.0.0.2"
@@ -283,14 +284,49 @@ class TestStreams:
                 await client.log.until("lost")
 
 
+@pytest.mark.usefixtures("way")
+async def test_a_queue_that_is_never_empty_outlives_no_sa() -> None:
+    """Its program pauses often, and never for long."""
+    backend = datagram_tools.Witnessing()
+    now = 0.0
+    backend.resolver.clock = backend.clock = lambda: now
+    weak = backend.add_sa(src=HOST, dst=HOST, spi=0x1001, encryption="cbc(aes)")
+    transport, protocol = await ipsec_aio.create_datagram_endpoint(
+        datagram_tools.Tokened, (HOST, 0), backend=backend
+    )
+    there = transport.get_extra_info("sockname")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, sockopts.SO_MARK, (0x1001).to_bytes(4, "big"))
+        except PermissionError:
+            await close(transport)
+            pytest.skip("setting a mark needs CAP_NET_ADMIN")
+        await turn()
+        transport.pause_reading()
+        sock.sendto(b"under the weak one", there)
+        backend.delete_sa(weak)
+        await turn()
+        now += 60
+        backend.drain()
+        backend.add_sa(src=HOST, dst=HOST, spi=0x1001)
+        transport.resume_reading()
+        *_, (_, _, token, *_) = await protocol.log.until("data")
+        assert token.assurance is Assurance.UNKNOWN
+        sock.sendto(b"under the good one", there)
+        *_, (_, _, token, *_) = await protocol.log.until("data", 2)
+        assert token.protected
+    await close(transport)
+
+
 async def test_a_change_makes_nobody_wait_whom_the_kernel_holds_to_it() -> None:
     """The SPD is asked as it is now, for what a socket's own policy let in under the stamp."""
     backend = ipsec_aio.MemoryBackend()
     backend.add_sa(src=PEER, dst=HOST)
     registration = await backend.register(17, 5000)
     template = ipsec_aio.policy.Template()
+    ends = bytes([127, 0, 0, 1]), 5000, bytes([127, 0, 0, 2]), 1
     evidence = datagram_tools.Evidence(
-        17, *(bytes([127, 0, 0, 1]), 5000, bytes([127, 0, 0, 2]), 1), None, registration.generation
+        17, *ends, None, registration.generation, after=backend.policies
     )
     assert backend.objection(evidence, (template,)) == ""
     add(backend)

@@ -37,7 +37,8 @@ class Stamped(MemoryBackend):
 
     def seen(self, spi: int, peer: str = PEER, *, port: int = 40000, doubt: str = "") -> Facts:
         mark = int.from_bytes(spi.to_bytes(4, "big"), sys.byteorder)
-        return Facts((HERE, 80), (peer, port), mark, self.resolver.generation, doubt)
+        generation, after = self.resolver.generation, self.policies
+        return Facts((HERE, 80), (peer, port), mark, generation, doubt, after)
 
 
 def token_of(judge: Judge, facts: Facts) -> PToken:

@@ -319,8 +319,21 @@ def test_a_resync_swaps_all_at_once(mirror):
     flow = Flow(PEER, LOCAL)
     ties = mirror.spd.ties(flow, Direction.IN)
     assert mirror.changes > changes
-    assert not mirror.spd.stood(ties, flow, mirror.changes - 1)
+    assert not mirror.spd.stood(ties, flow, changes)
     assert mirror.spd.stood(ties, flow, mirror.changes)
+
+
+def test_of_forgotten_sas_it_is_known_when_their_numbers_went(mirror, monkeypatch):
+    monkeypatch.setattr("ipsec_aio.mirror.FORGOTTEN_LIMIT", 2)
+    gone = {}
+    for spi in (1, 2, 1, 3):
+        mirror.apply(SAAdded(esp(spi)), 1)
+        mirror.apply(SADeleted(esp(spi).key), 1)
+        gone[spi] = mirror.changes
+    assert [mirror.forgotten(spi) for spi in (1, 2, 3)] == [0, 0, 0], "they are remembered"
+    mirror.advance(1 + TOMBSTONE_SECONDS)
+    assert [mirror.forgotten(spi) for spi in (1, 3)] == [gone[1], gone[3]]
+    assert mirror.forgotten(2) == mirror.forgotten(4) == gone[2], "of these it may be any"
 
 
 def test_a_resync_that_begins_again_forgets_what_was_loaded(mirror):

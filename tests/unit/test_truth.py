@@ -147,6 +147,37 @@ def test_an_sa_that_comes_may_carry_what_none_did(ask):
     assert bench.mirror.epoch != epoch
 
 
+def test_what_may_be_older_than_an_sa_that_is_forgotten_is_in_doubt():
+    """A queue waits for its program, longer than removed SAs are remembered."""
+    weak, good = null(), esp()
+    bench = Bench(weak)
+    before = bench.mirror.changes
+    bench.remove(weak)
+    gone = bench.mirror.changes
+    bench.wait(TOMBSTONE_SECONDS)
+    bench.tell(good)
+    assert bench(seen(0x1001, after=before)) is UNKNOWN
+    assert bench(seen(0x1001, after=gone)) is EXACT
+    bench.tell(esp(0x1002))
+    assert bench(seen(0x1002, after=before)) is EXACT, "of another number nothing went"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_may_have_come_and_gone_while_tables_were_read_is_not_excluded(late):
+    lasting, new = esp(0x1002), esp()
+    bench = Bench(lasting)
+    before = bench.mirror.changes
+    bench.mirror.begin_resync(bench.now)
+    for sa in (lasting,) if late else (lasting, new):
+        bench.mirror.load(SAAdded(sa), bench.now)
+    bench.mirror.finish_resync(bench.now)
+    if late:
+        bench.tell(new)
+    assert bench(seen(0x1001, after=before)) is UNKNOWN
+    assert bench(seen(0x1001, after=bench.mirror.changes)) is EXACT
+    assert bench(seen(0x1002, after=before)) is EXACT, "that one had its number all the time"
+
+
 def test_doubt_is_the_end_of_it():
     verdict = Bench(esp()).judge(seen(0x1001, doubt="truncated"))
     assert (verdict.assurance, verdict.reason) == (UNKNOWN, "truncated")

@@ -84,7 +84,16 @@ async def test_memory_plays_the_stamp_unless_it_is_off(tmp_path, stamp):
     async with open_backend(f"memory:{path}", stamp=stamp) as backend:
         registration = await backend.register(IPPROTO_UDP, 5000)
         local, peer = map(pack_address, ("192.0.2.1", "192.0.2.2"))
-        evidence = Evidence(IPPROTO_UDP, local, 5000, peer, 9, 0, registration.generation)
+        evidence = Evidence(
+            IPPROTO_UDP,
+            local,
+            5000,
+            peer,
+            9,
+            0,
+            registration.generation,
+            after=backend.policies,
+        )
         token = backend.resolve(evidence)
         assert (token.assurance is Assurance.EXACT) is token.protected is (stamp != "off")
 
