@@ -27,6 +27,7 @@ __all__ = [
     "SO_PROTOCOL",
     "SO_RCVBUFFORCE",
     "SO_RCVMARK",
+    "bytes_received",
     "clear_policies",
     "examine",
     "has_key_manager",
@@ -59,6 +60,8 @@ IPV6_RECVFRAGSIZE = 77
 IPPROTO_MPTCP = 262
 
 _U64 = struct.Struct("=Q")
+# tcpi_bytes_received of struct tcp_info (linux/tcp.h), since Linux 4.1.
+_BYTES_RECEIVED = struct.Struct("=128xQ")
 _ANSWERING = (TransportSocket, socket.SocketType)
 _T = TypeVar("_T")
 
@@ -91,6 +94,17 @@ def netns_cookie(sock: socket.SocketType) -> int | None:
 def socket_cookie(sock: socket.SocketType) -> int | None:
     """Return the kernel's number of a socket, never used twice; None where it has none."""
     return _read_u64(sock, SO_COOKIE)
+
+
+def bytes_received(sock: socket.SocketType) -> int | None:
+    """Return how many bytes a TCP socket has received in order, whoever has read them; None where
+    that is not to be had.
+    """
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
+        return int(_BYTES_RECEIVED.unpack(told)[0])
+    except (OSError, struct.error):
+        return None
 
 
 def read_mark(sock: socket.SocketType) -> int | None:

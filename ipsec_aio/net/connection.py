@@ -22,7 +22,8 @@ Rules:
   its requirement before it was connected.
 * What waits to be read may have come before the policies changed: after that a connection counts as
   judged by them from the moment on at which nothing waited (which does not tell of segments that
-  the kernel holds back because others are missing before them).
+  the kernel holds back because others are missing before them). Under TLS it waits in user space,
+  too, while its user does not read, and for a moment after that: then only that nothing came tells.
 * A connection's own policy, inherited or set, stands in for the SPD: so the SPD is asked here, too.
 * Addresses come from the socket alone.
 * Tokens that were handed out stay as they are; ``get_extra_info("ptoken")`` and
@@ -37,14 +38,16 @@ import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import Context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary, ref
 
 from ipsec_aio.enums import Assurance
 from ipsec_aio.errors import BackendError, ProtectionError
 from ipsec_aio.evidence import IPPROTO_TCP, LATE, NEVER, Evidence
 from ipsec_aio.flow import unmap
-from ipsec_aio.kernel.sockopts import examine, is_readable, read_mark
+from ipsec_aio.kernel.sockopts import bytes_received, examine, is_readable, read_mark
 
 from . import registry
 from .context import TokenCell
@@ -130,6 +133,8 @@ class Connection:
     """A transport's own extra information, where ``"ptoken"`` is looked up."""
     cookie: int | None = None
     """The kernel's number of its socket, once somebody has asked for it (:mod:`.registry`)."""
+    keeps = False
+    """Whether something that was read waits for its user to read on."""
     protected: bool | None = None
     """Whether its first token is protected; None where that is not settled."""
     after = NEVER
@@ -141,6 +146,9 @@ class Connection:
     _evidence: Evidence | None = None
     _facts: Facts
     _looking = False
+    # When its user began to read again, and how much had come when all of it was delivered.
+    _resumed = -inf
+    _delivered: int | None = None
 
     def __init__(
         self,
@@ -296,7 +304,12 @@ class Connection:
         if self.hold is not None:
             self.hold.resume = weakly(self.resume_reading)
         elif transport is not None:
-            self.enter(type(transport).resume_reading, transport)  # type: ignore[attr-defined]
+            self.read_on(partial(type(transport).resume_reading, transport))  # type: ignore[attr-defined]
+
+    def read_on(self, resume: Callable[[], None]) -> None:
+        """Have the loop read again, in the connection's context."""
+        self._resumed = self.judge.time()
+        self.enter(resume)
 
     def enter(self, callback: Callable[..., object], *arguments: object) -> None:
         """Call back in the connection's context."""
@@ -455,10 +468,38 @@ class Connection:
         sock: Any = transport.get_extra_info("socket")
         if self.evidence.after == policies or sock is None:
             return
-        if is_readable(sock):
-            self._look_later()
-        else:
+        if self.note_quiet(transport) or (
+            not is_readable(sock) and self.has_heard_nothing(transport)
+        ):
             self._evidence = replace(self.evidence, after=policies)
+        else:
+            self._look_later()
+
+    def note_quiet(self, transport: asyncio.BaseTransport) -> bool:
+        """Say whether all that came by now was delivered, and if so, take that as known."""
+        sock: Any = transport.get_extra_info("socket")
+        guard: Any = self.guard
+        if is_readable(sock) or self.keeps or (guard is not None and guard.keeps):
+            return False
+        if transport.get_extra_info("ssl_object") is not None and (
+            self.hold is not None
+            or not cast("asyncio.Transport", transport).is_reading()
+            or self.judge.time() - self._resumed < _AGAIN
+        ):
+            return False
+        self._delivered = self._received(sock)
+        return True
+
+    def has_heard_nothing(self, transport: asyncio.BaseTransport) -> bool:
+        """Say whether nothing has come since it was known last that all was delivered."""
+        known, sock = self._delivered, transport.get_extra_info("socket")
+        return known is not None and self._received(sock) == known
+
+    def _received(self, sock: Any) -> int | None:
+        try:
+            return examine(sock, bytes_received)
+        except (OSError, ValueError):
+            return None
 
     def _look_later(self) -> None:
         evidence, judge = self.evidence, self.judge

@@ -150,13 +150,14 @@ class ForwardingTransport(asyncio.Transport):
         hold = self._ipsec_connection.hold
         if hold is None:
             self._deliver_early()
-            self._ipsec_connection.enter(self.raw.resume_reading)
+            self._ipsec_connection.read_on(self.raw.resume_reading)
         else:
             hold.resume = weakly(self.resume_reading)
 
     def _deliver_early(self) -> None:
         # What was read before reading could be paused.
         deliver, self.on_resume = self.on_resume, None
+        self._ipsec_connection.keeps = False
         if deliver is not None:
             deliver()
 

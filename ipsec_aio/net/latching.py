@@ -10,7 +10,9 @@ Rules:
 * Else it is held in user space: a conflict is noticed by the tables' events, and acted upon. What
   the loop or the kernel had taken before that is out of reach.
 * Before what was read is delivered, the backend's events are taken in, and what they break is
-  held: so nothing is delivered that came after a conflict of which the kernel has told.
+  held: so nothing is delivered that came after a conflict of which the kernel has told. Where the
+  kernel does not hold it and something came while it was broken, by anything but the loss of its
+  SAs, it is not restored but reset.
 * A connection that is held reads nothing, and keeps what is written in memory. Its protocol is
   told to pause writing; a close is then an abort.
 """
@@ -32,6 +34,7 @@ from ipsec_aio.kernel.sockopts import set_policy, socket_cookie
 from ipsec_aio.latch import (
     ConnectionLatch,
     Latch,
+    LatchReason,
     LatchState,
     LatchStatus,
     ListenerLatch,
@@ -97,8 +100,10 @@ class Guard:
         "__weakref__",
         "_connection",
         "_cookie",
+        "_doubtful",
         "_epoch",
         "_family",
+        "_foreign",
         "_full",
         "_judge",
         "_paused",
@@ -132,6 +137,9 @@ class Guard:
         self._read: list[tuple[str, Callable[..., object], tuple[object, ...]]] = []
         self._epoch = judge.backend.epoch
         self._paused = self._full = self._told_full = False
+        # While it is broken: whether something may come by what broke it, and whether something
+        # may have waited already when that was told.
+        self._foreign = self._doubtful = False
         self.eof = False
         self.held = False
         self.latch = latch
@@ -192,6 +200,7 @@ class Guard:
             return
         channels = latch.channels
         moved = latch.observe(outlook, self._judge.time())
+        self._foreign |= latch.reason not in (None, LatchReason.LOST)
         if latch.channels != channels and latch.state is LatchState.ESTABLISHED:
             self._arm_kernel()
         if moved:
@@ -241,11 +250,18 @@ class Guard:
         self._stop_timer()
         latch = self.latch
         if latch.state is LatchState.ESTABLISHED:
+            heard = self._doubtful or self._read or not self._connection.has_heard_nothing(raw)
+            if heard and self._foreign and not latch.kernel:
+                # It may have come by what broke the latch.
+                self._end(False, latch.void())
+                return
+            self._doubtful = self._foreign = False
             self._arm_kernel()
             self._connection.tell("latch_restored")
             if not raw.is_closing() and not latch.waiting:
                 self._let_go(raw)
             return
+        self._doubtful |= not self._connection.note_quiet(raw)
         self._hold(raw, told=False)
         pausing = latch.options.on_break == "pause"
         if pausing:
@@ -304,7 +320,7 @@ class Guard:
                 self._hold(raw, told=False)
                 raise
         if not self._paused and not self.held and not raw.is_closing():
-            self._connection.enter(raw.resume_reading)
+            self._connection.read_on(raw.resume_reading)
 
     def _flow(self) -> None:
         """Tell the protocol whether it may write, if it was not told so last."""
@@ -348,7 +364,12 @@ class Guard:
         """As the transport's."""
         self._paused = False
         if not self.held:
-            self._connection.enter(raw.resume_reading)
+            self._connection.read_on(raw.resume_reading)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether something that was read waits until it is let go."""
+        return len(self._read) > 0
 
     @property
     def kept(self) -> int:

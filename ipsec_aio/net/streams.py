@@ -487,6 +487,7 @@ class _Handover(asyncio.Protocol):
         else:
             # The user's protocol has paused it.
             self.transport.on_resume = deliver
+            connection.keeps = True
 
     def _done(self) -> None:
         """It was handed over or refused, or never will be."""

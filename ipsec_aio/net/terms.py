@@ -87,6 +87,7 @@ class Terms:
                 connection.hold.release()
         elif answer is None and not final and self.deadline and connection.may_settle:
             if connection.hold is None:
+                connection.note_quiet(transport)
                 connection.hold = Hold(connection, transport)
             wait = self.deadline + (0.0 if token.pending else SETTLING)
             connection.hold.wait(self.loop, wait)

@@ -11,7 +11,7 @@ from typing import Any
 import datagram_tools
 import pytest
 from datagram_tools import close
-from stream_tools import HOST, Plain, Tokened, port_of, serving
+from stream_tools import HOST, Plain, Tokened, client_tls, connected, port_of, server_tls, serving
 
 import ipsec_aio
 from ipsec_aio import Assurance
@@ -215,6 +215,36 @@ class TestStreams:
                 while not made.transport.get_extra_info("ptoken").protected:
                     made.log.events[:] = [e for e in made.log.events if e[0] != "changed"]
                     await made.log.until("changed")
+
+    async def test_what_waits_in_tls_keeps_it_in_doubt(
+        self, change: Change, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """TLS reads on while its user has paused: the socket looks empty."""
+        monkeypatch.setattr(connection, "_AGAIN", 0.05)
+        backend, made = backend_with(change), Tokened()
+        tls = {"ssl": client_tls(), "server_hostname": "localhost"}
+        async with (
+            serving(lambda: made, backend, ssl=server_tls()) as server,
+            connected(port_of(server), source=PEER, **tls) as client,
+        ):
+            await made.log.until("made")
+            sock = made.transport.get_extra_info("socket")
+            made.transport.pause_reading()
+            received = sockopts.examine(sock, sockopts.bytes_received)
+            client.transport.write(b"clear")
+            await datagram_tools.until(
+                lambda: (
+                    sockopts.examine(sock, sockopts.bytes_received) != received
+                    and not sockopts.is_readable(sock)
+                )
+            )
+            change(backend)
+            await asyncio.sleep(0.2)  # it is looked at several times
+            assert not made.transport.get_extra_info("ptoken").protected
+            made.transport.resume_reading()
+            assert await made.log.bytes(5) == b"clear"
+            assert not made.log.of("data")[0][1].protected
+            await datagram_tools.until(lambda: made.transport.get_extra_info("ptoken").protected)
 
     async def test_numbers_tell_what_was_on_its_way(self) -> None:
         loop = asyncio.get_running_loop()

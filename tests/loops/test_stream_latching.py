@@ -452,7 +452,7 @@ async def test_a_pause_holds_all_bytes(tls: Any, kind: Any) -> None:
     backend = backed()
     async with latched(backend, kind=kind, tls=tls) as (protocol, client, sa):
         transport = protocol.transport
-        weak = backend.rekey(sa, aead=WEAK)
+        backend.delete_sa(sa)
         await protocol.log.until("broken")
         client.transport.write(b"question")
         transport.write(b"ans")
@@ -464,7 +464,7 @@ async def test_a_pause_holds_all_bytes(tls: Any, kind: Any) -> None:
         await asyncio.sleep(0.05)
         assert "data" not in protocol.log.kinds
         assert "data" not in client.log.kinds
-        backend.delete_sa(weak)
+        backend.rekey(sa)
         [(current, shown)] = await protocol.log.until("restored")
         assert current is transport.get_extra_info("ptoken")
         assert (shown.state, shown.reason, shown.breaks) == (ESTABLISHED, None, 1)
@@ -531,8 +531,33 @@ async def test_nothing_is_delivered_that_came_after_a_conflict(tls: Any, kind: A
         await asyncio.sleep(0.02)
         assert "data" not in protocol.log.kinds
         backend.delete_sa(weak[0])
-        await protocol.log.until("restored")
-        assert await protocol.log.bytes(18) == b"under the weak one"
+        await protocol.log.until("lost")
+        assert "data" not in protocol.log.kinds
+        assert "restored" not in protocol.log.kinds
+
+
+@pytest.mark.parametrize("waits", [None, "before", "meanwhile"])
+async def test_what_may_have_come_under_another_sa_is_never_delivered(tls: Any, waits: Any) -> None:
+    """Also not when that has gone; where nothing came, the connection goes on."""
+    backend = backed()
+    async with latched(backend, tls=tls) as (protocol, client, sa):
+        if waits == "before":
+            protocol.transport.pause_reading()
+            client.transport.write(b"waits")
+            await asyncio.sleep(0.02)
+        weak = backend.rekey(sa, aead=WEAK)
+        await protocol.log.until("broken")
+        if waits == "meanwhile":
+            client.transport.write(b"waits")
+            await asyncio.sleep(0.02)
+        backend.delete_sa(weak)
+        if waits:
+            await protocol.log.until("lost")
+            assert not {"data", "restored"} & set(protocol.log.kinds)
+        else:
+            await protocol.log.until("restored")
+            client.transport.write(b"goes on")
+            assert await protocol.log.bytes(7) == b"goes on"
 
 
 @pytest.mark.parametrize("open_", [True, False])
