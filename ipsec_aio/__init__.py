@@ -10,7 +10,7 @@ A server that sees how each datagram was protected::
             if ptoken.protected:
                 self.transport.sendto(data, addr)
 
-    async with ipsec_aio.open_backend("xfrm") as backend:
+    async with ipsec_aio.open_backend("xfrm", stamp="install") as backend:
         transport, protocol = await ipsec_aio.create_datagram_endpoint(
             Echo, local_addr=("0.0.0.0", 5000), backend=backend
         )

@@ -27,16 +27,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, final
+from numbers import Real
+from typing import Final, NamedTuple, final
 
 from .enums import Mode, PolicyAction
 from .flow import Mark
+from .identity import IToken
 from .policy import Policy, Template
 from .protection import PROTECTING, TUNNELS
 from .sa import SA, Algorithm, SAKey
-
-if TYPE_CHECKING:
-    from .identity import IToken
 
 __all__ = [
     "INDETERMINATE",
@@ -212,7 +211,8 @@ class Latch:
     long as it takes). ``like`` is what a connection must be like to be latched at all: a
     listener's demand on its children, or a client's on a peer whom it met before.
 
-    Raises ValueError for another ``on_break`` and for a timeout that is not positive.
+    Raises ValueError for another ``on_break`` and for a timeout that is not positive, TypeError
+    for what is of another type.
     """
 
     on_break: str = "reset"
@@ -222,8 +222,12 @@ class Latch:
     def __post_init__(self) -> None:
         if self.on_break not in ("reset", "pause"):
             raise ValueError(f"on_break is 'reset' or 'pause', not {self.on_break!r}")
+        timeout: object = self.timeout
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, Real)):
+            raise TypeError(f"timeout is a number of seconds, not {timeout!r}")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout is a positive number of seconds, not {self.timeout!r}")
+        _check_like(self.like)
 
     @classmethod
     def of(cls, value: object) -> Latch | None:
@@ -235,6 +239,26 @@ class Latch:
         if not isinstance(value, Latch):
             raise TypeError(f"latch is True, False, None or a Latch, not {value!r}")
         return value
+
+
+def _check_like(like: object) -> None:
+    """What connections must be like is compared with facts: of another type it equals none."""
+    if like is None:
+        return
+    if not isinstance(like, LatchParameters):
+        raise TypeError(f"like is LatchParameters, not {like!r}")
+    for name, who in (("local", like.local), ("peer", like.peer)):
+        if not _is_none_or(IToken, who):
+            raise TypeError(f"like: {name} is an IToken, as IToken.named() gives, not {who!r}")
+    if not _is_none_or(Mode, like.mode):
+        raise TypeError(f"like: mode is an ipsec_aio.enums.Mode, not {like.mode!r}")
+    for name, several in (("protocols", like.protocols), ("quality", like.quality)):
+        if several not in (None, INDETERMINATE) and not isinstance(several, tuple):
+            raise TypeError(f"like: {name} is a tuple, not {several!r}")
+
+
+def _is_none_or(kind: type, value: object) -> bool:
+    return value is None or isinstance(value, kind)
 
 
 class LatchStatus(NamedTuple):

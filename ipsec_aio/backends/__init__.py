@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -198,7 +198,7 @@ def current_backend(backend: Backend | None = None) -> Backend:
     if not spec:
         raise BackendUnavailable(
             "no IPsec backend: pass backend=, or call ipsec_aio.set_default_backend(), or set the "
-            f"environment variable {_ENVIRONMENT} to {_SPECS}"
+            f"environment variable {_ENVIRONMENT} to {_SPECS.replace(' and ', ' or ')}"
         )
     if not _is_memory(spec):
         raise BackendUnavailable(
@@ -207,14 +207,26 @@ def current_backend(backend: Backend | None = None) -> Backend:
         )
     if loop is None:
         return _memory_of_process(spec, os.getpid())
-    return _keep(loop, _open_memory(spec))
+    with _named_by_environment():
+        return _keep(loop, _open_memory(spec))
 
 
 @cache
 def _memory_of_process(spec: str, pid: int) -> Backend:
     """Return what stands in where no loop runs. It holds nothing that has to be closed."""
     del pid  # a forked process has its own
-    return _open_memory(spec)
+    with _named_by_environment():
+        return _open_memory(spec)
+
+
+@contextmanager
+def _named_by_environment() -> Generator[None]:
+    """Say with what is wrong with a backend where it was named: the program has no word of it."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError) as error:
+        error.add_note(f"the backend is named by the environment variable {_ENVIRONMENT}")
+        raise
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -237,7 +249,8 @@ async def default_backend() -> Backend:
     loop = asyncio.get_running_loop()
     async with _locks.setdefault(loop, asyncio.Lock()):
         if loop not in _by_loop:
-            _keep(loop, await open_backend(spec).__aenter__())
+            with _named_by_environment():
+                _keep(loop, await open_backend(spec).__aenter__())
         return _by_loop[loop][0]
 
 

@@ -361,7 +361,9 @@ def failure(code: int, what: str) -> BackendError:
         return BackendDenied(
             code,
             f"cannot {what}: CAP_NET_ADMIN is needed in the user namespace that owns this "
-            "network namespace",
+            "network namespace: run as root, under systemd with "
+            "AmbientCapabilities=CAP_NET_ADMIN, or with `setcap cap_net_admin+ep` on the "
+            "interpreter",
         )
     if code in (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT):
         return BackendUnavailable(code, f"cannot {what}: this kernel has no nf_tables")

@@ -55,8 +55,9 @@ def current_ptoken() -> PToken | None:
     """Return the token of the connection or datagram that the running code works for.
 
     Right in ``connection_made``, ``data_received``, ``buffer_updated``, ``datagram_received`` and
-    in the tasks that they start, on every loop. None outside of them, and in ``connection_made``
-    of an unconnected datagram socket.
+    in the tasks that they start, on every loop; None in ``connection_made`` of an unconnected
+    datagram socket. In other callbacks ask the transport: asyncio calls those of one connection
+    (``connection_lost``, ``pause_writing``) in the context of whoever closed it or wrote to it.
     """
     value = current.get()
     return value.ptoken if isinstance(value, TokenCell) else value

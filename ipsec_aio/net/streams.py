@@ -208,7 +208,7 @@ async def create_connection(
     known by what the kernel enforces.
 
     Where ``require`` demands protection, nothing is sent to an address for which no policy
-    protects both ways. With ``enforce`` "auto" or "kernel" the socket gets policies of its own
+    protects what is sent. With ``enforce`` "auto" or "kernel" the socket gets policies of its own
     before it is connected, so that it cannot send or receive in clear even if the others go;
     ``transport.get_extra_info("ipsec_enforced")`` says whether it did. They need a socket that
     this call makes: not with ``sock``, ``happy_eyeballs_delay`` or ``interleave``. ``latch`` is as
@@ -265,7 +265,8 @@ async def create_connection(
             await handover.settled
         if handover.problem is not None:
             raise handover.problem
-        if handover.transport is None and handover.error is None and require is not None:
+        judged = handover.transport is not None or handover.error is not None
+        if not judged and (require is not None or latching is not None):
             raise ProtectionError("require", "the connection could not be judged")
     except BaseException:
         raw.abort()
@@ -355,13 +356,11 @@ class _Handover(asyncio.Protocol):
         try:
             check_stream_protocol(self.protocol)
             token = self._connection.made(raw)
+            awaits = self._awaits(token) and self._has_room()
         except BaseException:
-            # The loop reports it; nothing goes on unjudged, and nobody waits for it.
-            self._done()
-            if self._accepting is not None:
-                reset(raw)
+            self._fail(raw)
             raise
-        if self._awaits(token) and self._has_room():
+        if awaits:
             self._waiting = raw
             raw.pause_reading()
             loop = self._connection.terms.loop
@@ -445,9 +444,13 @@ class _Handover(asyncio.Protocol):
         self._wait_no_more()
         accepting, connection = self._accepting, self._connection
         require, latch = connection.terms.require, connection.terms.latch
-        error = None if require is None else require.check(token)
-        if error is None and latch is not None:
-            error = connection.latch(raw, latch, None if accepting is None else accepting.latch)
+        try:
+            error = None if require is None else require.check(token)
+            if error is None and latch is not None:
+                error = connection.latch(raw, latch, None if accepting is None else accepting.latch)
+        except BaseException:
+            self._fail(raw)
+            raise
         self.error = error
         if accepting is not None:
             accepting.count(connection, token)
@@ -476,6 +479,12 @@ class _Handover(asyncio.Protocol):
             self._deliver_early(raw)
         if connection.guard is not None:
             connection.guard.begin()
+
+    def _fail(self, raw: asyncio.Transport) -> None:
+        """It could not be judged, which the loop reports: nobody waits, and nothing goes on."""
+        self._done()
+        if self._accepting is not None:
+            reset(raw)
 
     def _deliver_early(self, raw: asyncio.Transport) -> None:
         connection = self._connection

@@ -222,23 +222,33 @@ def broken(*_: Any) -> Any:
     raise RuntimeError("no evidence can be read")
 
 
-async def test_an_outgoing_connection_that_cannot_be_judged_is_given_up(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("failing", ["made", "latch"])
+async def test_an_outgoing_connection_that_cannot_be_judged_is_given_up(
+    monkeypatch: Any, failing: str
+) -> None:
     backend = protecting()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda *_: None)
-    monkeypatch.setattr(Connection, "made", broken)
+    monkeypatch.setattr(Connection, failing, broken)
+    demand: Any = (
+        {"latch": True} if failing == "latch" else {"require": ~Require(assurance="EXACT")}
+    )
     async with await loop.create_server(asyncio.Protocol, HOST, 0) as server:
         with pytest.raises((ProtectionError, RuntimeError), match=r"be judged|no evidence"):
-            await ipsec_aio.create_connection(
-                Tokened, HOST, port_of(server), backend=backend, require=~Require(assurance="EXACT")
-            )
+            async with asyncio.timeout(10):
+                await ipsec_aio.create_connection(
+                    Tokened, HOST, port_of(server), backend=backend, **demand
+                )
 
 
-async def test_an_accepted_connection_that_cannot_be_judged_is_reset(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("failing", ["made", "latch"])
+async def test_an_accepted_connection_that_cannot_be_judged_is_reset(
+    monkeypatch: Any, failing: str
+) -> None:
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, told: reported.append(told))
-    monkeypatch.setattr(Connection, "made", broken)
-    async with serving(Tokened, protecting()) as server:
+    monkeypatch.setattr(Connection, failing, broken)
+    async with serving(Tokened, protecting(), latch=failing == "latch") as server:
         reader, writer = await asyncio.open_connection(HOST, port_of(server))
         with contextlib.suppress(ConnectionResetError):
             assert await reader.read() == b""

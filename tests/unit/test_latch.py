@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -125,6 +126,24 @@ def test_options() -> None:
         Latch(on_break="ignore")
     with pytest.raises(ValueError, match="positive"):
         Latch(timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"timeout": "5"}, "timeout is a number"),
+        ({"timeout": True}, "timeout is a number"),
+        ({"like": {}}, "like is LatchParameters"),
+        ({"like": LatchParameters(peer="a.example.org")}, r"peer is an IToken, as IToken\.named"),
+        ({"like": LatchParameters(local=5)}, "local is an IToken"),
+        ({"like": LatchParameters(mode="transport")}, r"ipsec_aio\.enums\.Mode, not 'transport'"),
+        ({"like": LatchParameters(protocols=[50])}, "protocols is a tuple"),
+        ({"like": LatchParameters(quality=[])}, "quality is a tuple"),
+    ],
+)
+def test_what_would_be_like_nothing_is_refused(wrong: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        Latch(**wrong)
 
 
 # -- birth -----------------------------------------------------------------------------------

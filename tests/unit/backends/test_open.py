@@ -200,8 +200,9 @@ def test_the_environment_s_memory_is_there_without_a_loop(monkeypatch, tmp_path)
     assert current_backend() is backend
     assert not module._by_loop
     monkeypatch.setenv("IPSEC_AIO_BACKEND", f"memory:{tmp_path}/none.toml")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as raised:
         current_backend()
+    assert "IPSEC_AIO_BACKEND" in raised.value.__notes__[0]
 
 
 def test_a_forked_process_has_the_environment_s_memory_for_itself():
