@@ -479,7 +479,9 @@ class Connection:
         """Say whether all that came by now was delivered, and if so, take that as known."""
         sock: Any = transport.get_extra_info("socket")
         guard: Any = self.guard
-        if is_readable(sock) or self.keeps or (guard is not None and guard.keeps):
+        # In this order: what comes in between is not taken for delivered.
+        received = None if sock is None else self._received(sock)
+        if sock is None or is_readable(sock) or self.keeps or (guard is not None and guard.keeps):
             return False
         if transport.get_extra_info("ssl_object") is not None and (
             self.hold is not None
@@ -487,7 +489,7 @@ class Connection:
             or self.judge.time() - self._resumed < _AGAIN
         ):
             return False
-        self._delivered = self._received(sock)
+        self._delivered = received
         return True
 
     def has_heard_nothing(self, transport: asyncio.BaseTransport) -> bool:
