@@ -198,7 +198,7 @@ def current_backend(backend: Backend | None = None) -> Backend:
     if not spec:
         raise BackendUnavailable(
             "no IPsec backend: pass backend=, or call ipsec_aio.set_default_backend(), or set the "
-            f"environment variable {_ENVIRONMENT} to {_SPECS.replace(' and ', ' or ')}"
+            f"environment variable {_ENVIRONMENT} to one of {_SPECS}"
         )
     if not _is_memory(spec):
         raise BackendUnavailable(

@@ -184,6 +184,14 @@ class DumpReader:
             self._take(buffer, message)
 
 
+WHERE = (
+    "in the user namespace that owns this network namespace: run as root, under "
+    "systemd with AmbientCapabilities=CAP_NET_ADMIN, or with `setcap cap_net_admin+ep` on the "
+    "interpreter"
+)
+"""Where CAP_NET_ADMIN is needed, and how to get it."""
+
+
 class _XfrmSocket:
     """A NETLINK_XFRM socket in the calling thread's namespace.
 
@@ -332,10 +340,7 @@ def _explain(error: OSError) -> BackendError:
     if error.errno in (errno.EPERM, errno.EACCES):
         return BackendDenied(
             errno.EPERM,
-            "reading the kernel's IPsec tables needs CAP_NET_ADMIN in the user namespace that owns "
-            "this network namespace: run as root, under systemd with "
-            "AmbientCapabilities=CAP_NET_ADMIN, or with `setcap cap_net_admin+ep` on the "
-            "interpreter",
+            f"reading the kernel's IPsec tables needs CAP_NET_ADMIN {WHERE}",
         )
     if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOENT):
         return BackendUnavailable(

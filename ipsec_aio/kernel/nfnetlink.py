@@ -32,7 +32,7 @@ from ipsec_aio.errors import (
 )
 from ipsec_aio.wire import netlink as wire
 
-from .netlink import DumpReader, NetlinkSocket, Take
+from .netlink import WHERE, DumpReader, NetlinkSocket, Take
 
 __all__ = [
     "Attributes",
@@ -360,10 +360,7 @@ def failure(code: int, what: str) -> BackendError:
     if code in (errno.EPERM, errno.EACCES):
         return BackendDenied(
             code,
-            f"cannot {what}: CAP_NET_ADMIN is needed in the user namespace that owns this "
-            "network namespace: run as root, under systemd with "
-            "AmbientCapabilities=CAP_NET_ADMIN, or with `setcap cap_net_admin+ep` on the "
-            "interpreter",
+            f"cannot {what}: CAP_NET_ADMIN is needed {WHERE}",
         )
     if code in (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT):
         return BackendUnavailable(code, f"cannot {what}: this kernel has no nf_tables")
